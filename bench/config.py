@@ -1,0 +1,280 @@
+"""What a run is: frozen, strict configurations, and the result that a run leaves.
+
+Every default of the program stands here, once. ``from_dict`` refuses unknown keys and wrong types with
+one line that names the remedy; ``to_dict`` gives JSON-ready values, and the two are inverse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+#: The five primitives of Kunin et al. 2020, in the canonical order (design: decay, amp, null, sparse, self).
+PRIMITIVE_NAMES = ("decay", "amp", "null", "sparse", "self")
+
+Status = Literal["finished", "stopped", "diverged", "failed"]
+Kind = Literal["search", "confirm", "control", "train"]
+
+
+class UserError(ValueError):
+    """Bad input: one clear line that names the remedy. The command line prints it and exits with status 2."""
+
+
+def unknown(what: str, given: str, valid: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list: the list, and the nearest name in it."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {what} {given!r}.{hint} Valid: {', '.join(names)}.")
+
+
+def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the field's declared type, or a UserError. Integers pass for floats, nothing else is cast."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    wrong = UserError(f"{owner}: {name} must be {_describe(kind)}, not {value!r}.")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(owner, name, value, next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        if value not in arguments:
+            raise wrong
+        return value
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        return origin(_convert(owner, name, v, arguments[0]) for v in value)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise wrong
+        return {k: _convert(owner, f"{name}.{k}", v, arguments[1]) for k, v in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise wrong
+
+
+def _describe(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _describe(a) for a in arguments)
+    if origin in (tuple, list):
+        return f"a list of {_describe(arguments[0])}"
+    if origin in (dict, Mapping):
+        return f"a mapping of names to {_describe(arguments[1])}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
+
+
+class Strict:
+    """Mixed into a frozen dataclass: strict ``from_dict``, JSON-ready ``to_dict``, ``replace``, ``digest``."""
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration with these values; a missing key takes its default, an unknown one is refused."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"{cls.__name__}: expected a mapping of keys to values, not {values!r}.")
+        hints = typing.get_type_hints(cls)
+        for key in values:
+            if key not in cls.field_names():
+                raise unknown(f"key of {cls.__name__}", str(key), cls.field_names())
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing := [name for name in required if name not in values]:
+            raise UserError(f"{cls.__name__}: missing {', '.join(missing)}.")
+        return cls(**{k: _convert(cls.__name__, k, v, hints[k]) for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, numbers and strings; ``from_dict`` of it is equal to this."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+        return plain
+
+    def replace(self, **changes: Any) -> Self:
+        """A checked copy with these fields changed."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that name this configuration."""
+        return digest(self.to_dict())
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits (sha256) of a JSON-ready value; independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_range(
+    owner: str, name: str, value: float | None, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Refuse a number outside [low, high] (or (low, high]), NaN included; None passes."""
+    if value is None:
+        return
+    inside = (low < value if open_low else low <= value) and value <= high
+    if not inside or not math.isfinite(value):
+        bracket = "(" if open_low else "["
+        raise UserError(f"{owner}: {name} = {value} is out of range; it must lie in {bracket}{low:g}, {high:g}].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig(Strict):
+    """One training run, whole: with the code, the data and the device it determines the result.
+
+    ``coefficients`` are named by their primitive. ``lr`` is the rate at ``batch_size`` (not rescaled).
+    ``feedback_every = k``: k = 1, B and W both learn in every step; k > 1 is the authors' alternation:
+    every k-th step trains B alone, the k - 1 steps between train W alone (their ``alternate_step_freq``
+    is k - 1). ``feedback_warmup_epochs`` is their ``delay_epochs``: at first B learns alone.
+    """
+
+    rule: str
+    arch: str = "resnet18"
+    dataset: str = "digits"
+    seed: int = 0
+
+    # B: the rule's coefficients, and how B is updated
+    coefficients: dict[str, float] = field(default_factory=dict)
+    feedback_lr_factor: float = 1.0
+    feedback_every: int = 1
+    feedback_warmup_epochs: float = 0.0
+
+    # the network
+    stem: Literal["auto", "small", "imagenet"] = "auto"
+    image_size: int | None = None
+
+    # the recipe: SGD with (Nesterov) momentum
+    epochs: int = 10
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    step_epochs: tuple[float, ...] = ()
+    step_factor: float = 0.1
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+
+    # the data
+    augment: bool = True
+    split_seed: int = 0
+    val_fraction: float = 0.1
+    train_examples: int | None = None
+
+    # what is measured after each epoch, beside accuracy and loss: angles cost one more backward pass
+    measure_alignment: bool = True
+
+    def __post_init__(self) -> None:
+        who = "configuration"
+        for name in self.coefficients:
+            if name not in PRIMITIVE_NAMES:
+                raise unknown("coefficient", name, PRIMITIVE_NAMES)
+        ordered = {p: float(self.coefficients[p]) for p in PRIMITIVE_NAMES if p in self.coefficients}
+        object.__setattr__(self, "coefficients", ordered)
+        for name, value in ordered.items():
+            check_range(who, f"coefficients.{name}", value, 0)
+        check_range(who, "seed", self.seed, 0, 2**31 - 1)
+        check_range(who, "split_seed", self.split_seed, 0, 2**31 - 1)
+        for name, low in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("feedback_every", 1)):
+            check_range(who, name, getattr(self, name), low, 10**9)
+        check_range(who, "image_size", self.image_size, 1, 4096)
+        check_range(who, "train_examples", self.train_examples, 1)
+        for name in ("lr", "step_factor", "clip_norm"):
+            check_range(who, name, getattr(self, name), 0, open_low=True)
+        for name in ("weight_decay", "feedback_lr_factor", "warmup_epochs", "feedback_warmup_epochs"):
+            check_range(who, name, getattr(self, name), 0)
+        check_range(who, "momentum", self.momentum, 0, 0.9999)
+        check_range(who, "label_smoothing", self.label_smoothing, 0, 0.9999)
+        check_range(who, "val_fraction", self.val_fraction, 0.001, 0.9)
+        if self.nesterov and self.momentum == 0:
+            raise UserError("configuration: nesterov needs momentum > 0; set nesterov=false or momentum=0.9.")
+        if self.schedule == "step" and not self.step_epochs:
+            raise UserError("configuration: schedule 'step' needs step_epochs, e.g. step_epochs=[30,60,80].")
+        if self.schedule != "step" and self.step_epochs:
+            raise UserError(f"configuration: step_epochs has no effect with schedule {self.schedule!r}; remove it.")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"configuration: batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(Strict):
+    """One search: everything that must not change when the study goes on (``trials`` alone may grow).
+
+    ``recipe`` holds the TrialConfig fields that are the same in every trial; ``space`` is the resolved
+    search space, as `bench.space` reads it from YAML.
+    """
+
+    name: str
+    rule: str
+    arch: str
+    dataset: str
+    trials: int = 20
+    epochs: int = 10
+    seed: int = 0
+    sampler: str = "gp"
+    scheduler: str = "asha"
+    confirm_top: int = 1
+    confirm_seeds: int = 3
+    recipe: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_range("study", "trials", self.trials, 1, 10**6)
+        check_range("study", "epochs", self.epochs, 1, 10**6)
+        check_range("study", "confirm_seeds", self.confirm_seeds, 0, 1000)
+        check_range("study", "confirm_top", self.confirm_top, 1, 1000)
+        check_range("study", "seed", self.seed, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult(Strict):
+    """What one run leaves: its row, before it is filed.
+
+    ``history`` has one mapping of metric names to numbers per finished epoch (``epoch`` among them, from
+    1); ``metrics`` the final ones: val_acc, val_top5, val_loss, train_loss, angle (mean over layers, in
+    degrees), ..., and test_* if test was read. Accuracies are fractions of 1. A diverged run has chance
+    accuracy as val_acc (and test_acc, if it was asked for), and its reason.
+    """
+
+    config: TrialConfig
+    status: Status
+    reason: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        config = values.get("config")
+        if not isinstance(config, Mapping):
+            raise UserError("TrialResult: config is missing.")
+        hints = typing.get_type_hints(cls)
+        for key in values:
+            if key not in cls.field_names():
+                raise unknown("key of TrialResult", str(key), cls.field_names())
+        rest = {k: _convert("TrialResult", k, v, hints[k]) for k, v in values.items() if k != "config"}
+        return cls(config=TrialConfig.from_dict(config), **rest)
