@@ -1,0 +1,1 @@
+"""The learning core: PyTorch alone."""

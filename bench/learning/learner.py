@@ -1,0 +1,135 @@
+"""From the layers to the optimizer: B's whole gradient, undistorted, at the optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.config import UserError
+from bench.learning.layers import AsymmetricLayer, Switch, asymmetric_layers
+
+
+class FeedbackLearner:
+    """Sets B.grad just before the optimizer's step, so that nothing meant for the loss's gradients touches it.
+
+    ``B.grad = mean over the accumulated batches of the activity gradient + decay·B − self·W``, and for
+    ``kolen-pollack`` + W.grad as it then is: accumulated, unscaled and clipped as W's own. Layers whose
+    backward pass did not ask for B (evaluation, ``on`` false, the first layer) get no gradient and are not
+    stepped.
+
+    The feedback weights must be in the optimizer, in groups without weight decay (a rule's own decay is its
+    ``decay``); UserError otherwise. Under DistributedDataParallel give the wrapped model: the mean is then
+    also taken over the ranks. RuntimeError at the step where a GradScaler would divide B's gradient too (a
+    fused optimizer that unscales by itself): call ``scaler.unscale_(optimizer)`` first.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._switch = Switch()
+        self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
+        self._layers = [m for m in asymmetric_layers(model).values() if m.state.rule.learns]
+        _check_optimizer(self._layers, optimizer)
+        if self._group is None and distributed.is_available() and distributed.is_initialized():
+            raise UserError("several processes train together: give FeedbackLearner the DDP-wrapped model.")
+        for layer in self._layers:
+            layer.state.switch = self._switch
+        self._hook = optimizer.register_step_pre_hook(self._deliver)
+
+    @property
+    def on(self) -> bool:
+        """Whether the layers collect B's gradient now; while they do not, B costs nothing and does not move."""
+        return self._switch.on
+
+    @on.setter
+    def on(self, value: bool) -> None:
+        self._switch.on = value
+
+    def _deliver(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002  (torch's signature)
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "this optimizer divides all gradients by the loss scale, B's too, which never had it: call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer)."
+            )
+        for layer in self._layers:
+            if layer.feedback is not None:
+                layer.feedback.grad = None
+        active = [layer for layer in self._layers if layer.state.batches]
+        if active:
+            with torch.no_grad():
+                self._set_gradients(active)
+        for layer in active:
+            layer.state.discard()
+            layer.state.stepped = True
+
+    def _set_gradients(self, active: list[AsymmetricLayer]) -> None:
+        pairs = [(layer, layer.feedback) for layer in active if layer.feedback is not None]
+        means = self._activity_means(active)
+        grads = [means.get(id(layer), None) for layer, _ in pairs]
+        filled = [torch.zeros_like(B) if g is None else g for g, (_, B) in zip(grads, pairs, strict=True)]
+        state = active[0].state  # one rule and one set of coefficients for the network
+        if decay := state.coefficients.get("decay"):
+            torch._foreach_add_(filled, [B for _, B in pairs], alpha=decay)
+        if pull := state.coefficients.get("self"):
+            torch._foreach_add_(filled, [layer.weight for layer, _ in pairs], alpha=-pull)
+        if state.rule.task_gradient:
+            # W.grad is None in a step of B alone
+            task = [(g, layer.weight.grad) for g, (layer, _) in zip(filled, pairs, strict=True)]
+            torch._foreach_add_([g for g, dW in task if dW is not None], [dW for _, dW in task if dW is not None])
+        for (_, B), grad in zip(pairs, filled, strict=True):
+            B.grad = grad
+
+    def _activity_means(self, active: list[AsymmetricLayer]) -> dict[int, Tensor]:
+        """The mean over batches, and over ranks, of what each layer collected; by the layer's id."""
+        seen = [layer for layer in active if layer.state.total is not None]
+        totals = [layer.state.total for layer in seen if layer.state.total is not None]
+        if not totals:
+            return {}
+        ranks = distributed.get_world_size(self._group) if self._group is not None else 1
+        if ranks > 1:
+            whole = torch.cat([t.reshape(-1) for t in totals])
+            distributed.all_reduce(whole, group=self._group)
+            parts = torch.split(whole, [t.numel() for t in totals])
+            torch._foreach_copy_(totals, [p.view_as(t) for p, t in zip(parts, totals, strict=True)])
+        torch._foreach_mul_(totals, [1.0 / (layer.state.batches * ranks) for layer in seen])
+        return {id(layer): total for layer, total in zip(seen, totals, strict=True)}
+
+
+def _check_optimizer(layers: list[AsymmetricLayer], optimizer: torch.optim.Optimizer) -> None:
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers:
+        group = group_of.get(id(layer.feedback))
+        if group is None:
+            raise UserError(
+                "the feedback weights are not in the optimizer: make it after convert(), from model.parameters() "
+                "or from parameter_groups()."
+            )
+        if group.get("weight_decay"):
+            raise UserError(
+                "the feedback weights have a weight decay in the optimizer; B's decay is the rule's coefficient "
+                "'decay'. Give them a group with weight_decay=0, as parameter_groups() does."
+            )
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, feedback_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups by name: ``weights`` (decayed), ``plain`` (norms and biases: no decay), ``feedback``.
+
+    ``feedback`` has lr·feedback_lr_factor and no weight decay; without learned B there is no such group.
+    Parameters that do not require a gradient (``frozen``) are left out. UserError for a factor that has no effect.
+    """
+    layers = asymmetric_layers(model).values()
+    feedback = {id(m.feedback): m.feedback for m in layers if m.feedback is not None and m.state.rule.learns}
+    groups: dict[str, dict[str, Any]] = {
+        "weights": {"params": [], "lr": lr, "weight_decay": weight_decay},
+        "plain": {"params": [], "lr": lr, "weight_decay": 0.0},
+        "feedback": {"params": list(feedback.values()), "lr": lr * feedback_lr_factor, "weight_decay": 0.0},
+    }
+    for p in model.parameters():
+        if p.requires_grad:
+            groups["weights" if p.dim() > 1 else "plain"]["params"].append(p)
+    if not feedback and feedback_lr_factor != 1.0:
+        raise UserError(f"feedback_lr_factor={feedback_lr_factor:g} has no effect: this rule's B does not learn.")
+    return [{"name": name, **group} for name, group in groups.items() if group["params"]]
