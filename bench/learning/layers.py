@@ -82,7 +82,7 @@ class _Asymmetric(torch.autograd.Function):
         # overwrite y in place, which is legal for a plain layer; then z is computed again.
         learns = layer.training and state.rule.learns and ctx.needs_input_grad[0]
         ctx.y = y.detach() if learns and needs_z(state.coefficients) else None
-        ctx.version = y._version
+        ctx.version = y._version if ctx.y is not None else None
         return y
 
     @staticmethod

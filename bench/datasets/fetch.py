@@ -1,0 +1,124 @@
+"""Files on disk: the user's cache, atomic writing, one process at a time, checksummed downloads."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import os
+import sys
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from bench.config import UserError
+
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A published file. ``sha256`` is that of the file as kept; with ``gunzip``, of its uncompressed content."""
+
+    name: str
+    url: str
+    sha256: str
+    gunzip: bool = False
+
+
+def say(message: str) -> None:
+    """One line for the user, on stderr."""
+    print(f"bench: {message}", file=sys.stderr, flush=True)
+
+
+def user_cache() -> Path:
+    """Where files that can be made again are kept: $XDG_CACHE_HOME/bench, by default ~/.cache/bench."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bench"
+
+
+def existing_folder(path: Path, what: str) -> Path:
+    """``path`` if it is a folder; UserError otherwise."""
+    if not path.is_dir():
+        raise UserError(f"{what}: {path} is not a folder; check the path.")
+    return path
+
+
+def writable_folder(candidates: Sequence[Path]) -> Path:
+    """The first of these folders that can be made and written in; UserError with all reasons if none can."""
+    reasons = []
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            reasons.append(f"{folder} ({error.strerror})")
+    raise UserError(f"cannot write in {' or '.join(reasons)}; point XDG_CACHE_HOME at a folder that can be written.")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait. The lock goes with its process, however that ends."""
+    import fcntl
+
+    with (folder / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name ``target`` only when the block ends well; otherwise nothing is left.
+
+    For one writer at a time (`locked`): what a killed one leaves has a fixed name, and the next one overwrites it.
+    """
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("wb") as handle:
+            yield handle
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def download(remote: RemoteFile, folder: Path, advice: str) -> Path:
+    """The file in ``folder``, fetched if it is not there yet; kept only if its checksum is right.
+
+    Errors: UserError that ends with ``advice``.
+    """
+    target = folder / remote.name
+    with locked(folder):
+        if target.is_file():
+            return target
+        say(f"downloading {remote.url} to {target}")
+        try:
+            with written_whole(target) as handle:
+                found = _copy(remote, handle.write)
+                if found != remote.sha256:
+                    raise UserError(f"{remote.url}: sha256 is {found}, not the published {remote.sha256}. {advice}")
+        except (OSError, http.client.HTTPException, EOFError, zlib.error) as error:
+            raise UserError(f"cannot download {remote.url} ({error}). {advice}") from error
+    return target
+
+
+def _copy(remote: RemoteFile, write: Callable[[bytes], int]) -> str:
+    """Stream the file's content to ``write``; its sha256."""
+    sha = hashlib.sha256()
+    with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as response:
+        source = gzip.GzipFile(fileobj=response) if remote.gunzip else response
+        while chunk := source.read(_CHUNK):
+            sha.update(chunk)
+            write(chunk)
+    return sha.hexdigest()

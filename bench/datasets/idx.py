@@ -1,0 +1,90 @@
+"""Fashion-MNIST, and the IDX format in which it is published."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from bench.config import UserError
+from bench.datasets.draws import Indices
+from bench.datasets.fetch import RemoteFile, download, say, user_cache, writable_folder
+from bench.datasets.raw import Arrays, DatasetRow, Pixels, Request, digest_arrays
+
+#: Where Debian's package dataset-fashion-mnist puts its files.
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_PARTS = (("train", "train"), ("test", "t10k"))
+_CLASSES = 10
+
+
+def parse_idx(content: bytes, dimensions: int, where: str) -> Pixels:
+    """The array in an IDX file of unsigned bytes with this number of dimensions.
+
+    Format: 0, 0, 8 (unsigned byte), dimensions; each size as big-endian uint32; the data, last index fastest.
+    Source: yann.lecun.com/exdb/mnist. Errors: UserError that names ``where``.
+    """
+    header = 4 + 4 * dimensions
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < header:
+        raise UserError(f"{where}: not an IDX file of bytes with {dimensions} dimension(s); fetch it again.")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    expected = header + int(np.prod(shape, dtype=object))
+    if len(content) != expected:
+        size = " x ".join(map(str, shape))
+        raise UserError(f"{where}: {len(content)} bytes, but {size} needs {expected}; fetch it again.")
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def parse_pair(images: bytes, labels: bytes, where: tuple[str, str]) -> tuple[Pixels, Indices]:
+    """Images (n, 1, h, h) and labels (n,) of the two IDX files of a part."""
+    pixels, classes = parse_idx(images, 3, where[0]), parse_idx(labels, 1, where[1])
+    n, height, width = pixels.shape
+    if n == 0 or height == 0 or height != width:
+        raise UserError(f"{where[0]}: {n} images of {height} x {width}; expected square images, and some.")
+    if len(classes) != n:
+        raise UserError(f"{where[1]}: {len(classes)} labels for {n} images; fetch both files again.")
+    if classes.max() >= _CLASSES:
+        raise UserError(f"{where[1]}: label {classes.max()} is out of range 0 ... {_CLASSES - 1}; fetch it again.")
+    return pixels[:, None], classes.astype(np.int64)
+
+
+def read_fashion_mnist(row: DatasetRow, request: Request) -> Arrays:
+    """The set from ``data_dir``, or Debian's package, or the user's cache, downloaded if need be."""
+    contents = {remote.name: _content(remote, row, request.data_dir) for remote in row.files}
+    pixels, labels = {}, {}
+    for part, prefix in _PARTS:
+        where = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        (path_x, x), (path_y, y) = contents[where[0]], contents[where[1]]
+        pixels[part], labels[part] = parse_pair(x, y, (str(path_x), str(path_y)))
+    if len({p.shape[2] for p in pixels.values()}) != 1:
+        raise UserError(f"{row.name}: training and test images differ in size; fetch the files again.")
+    return Arrays(digest=digest_arrays(pixels, labels), classes=_CLASSES, pixels=pixels, labels=labels)
+
+
+def _content(remote: RemoteFile, row: DatasetRow, data_dir: Path | None) -> tuple[Path, bytes]:
+    """Where the file is, and its uncompressed content."""
+    path = _locate(remote, row, data_dir)
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again.") from error
+    if hashlib.sha256(content).hexdigest() != remote.sha256:
+        # Data of one's own in this format is legitimate, and its digest is recorded; but never unnoticed.
+        say(f"{path} is not the published {remote.name}: its sha256 differs.")
+    return path, content
+
+
+def _locate(remote: RemoteFile, row: DatasetRow, data_dir: Path | None) -> Path:
+    for folder in (data_dir,) if data_dir else (DEBIAN_FOLDER, user_cache() / row.name):
+        for path in (folder / remote.name, folder / f"{remote.name}.gz"):
+            if path.is_file():
+                return path
+    if data_dir:
+        raise UserError(f"{data_dir} has no {remote.name} (plain or .gz). {row.advice}")
+    return download(remote, writable_folder([user_cache() / row.name]), row.advice)

@@ -1,0 +1,90 @@
+"""A data set as a trial sees it: three splits, batches of pixels in [0, 1], and their normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.config import UserError, unknown
+from bench.datasets.draws import ORDER, Indices, permutation
+from bench.datasets.raw import Split
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Source(Protocol):
+    """Where the pixels of the splits are: in memory, or in files."""
+
+    def batches(
+        self, split: Split, order: Indices, batch_size: int, device: torch.device, draw: tuple[int, int] | None
+    ) -> Iterator[Batch]:
+        """Batches of the split's examples in this order; augmented by (seed, epoch) if ``draw`` gives them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageData:
+    """A named set. ``mean`` and ``std``: per channel, of the training part, pixels in [0, 1].
+
+    ``digest``: sixteen hexadecimal digits that name the raw data of all splits, whatever is made of it.
+    """
+
+    name: str
+    digest: str
+    classes: int
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sizes: dict[Split, int]
+    source: Source
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(p - mean) / std per channel, for pixels (n, channels, h, w) in [0, 1]."""
+        mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def steps(self, split: Split, batch_size: int) -> int:
+        """How many whole batches the split has. Errors: UserError if it has none."""
+        count = self._count(split)
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size} is out of range; it must be at least 1.")
+        if count < batch_size:
+            remedy = "lower batch_size or raise train_examples" if split == "train" else "lower batch_size"
+            raise UserError(f"{self.name}: {split} has {count} images, fewer than batch_size = {batch_size}; {remedy}.")
+        return count // batch_size
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int | None = None,
+        epoch: int = 0,
+        augment: bool = False,
+    ) -> Iterator[Batch]:
+        """Pixels (n, channels, image_size, image_size), float32 in [0, 1], not normalised; labels (n,), int64.
+
+        Without ``seed``: everything, in order. With it: shuffled (and, with ``augment``, augmented) as a function of
+        (seed, epoch) alone, the incomplete last batch left out.
+
+        Errors: UserError for fewer examples than ``batch_size`` with a seed, and for ``augment`` without one.
+        """
+        if seed is None:
+            if augment:
+                raise UserError("augment has no effect on data read in order; give a seed, or leave augment out.")
+            return self.source.batches(split, np.arange(self._count(split)), batch_size, device, None)
+        whole = self.steps(split, batch_size) * batch_size
+        order = permutation(self.sizes[split], seed, epoch, ORDER)[:whole]
+        return self.source.batches(split, order, batch_size, device, (seed, epoch) if augment else None)
+
+    def _count(self, split: Split) -> int:
+        if split not in self.sizes:
+            raise unknown("split", split, get_args(Split))
+        return self.sizes[split]

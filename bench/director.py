@@ -1,0 +1,202 @@
+"""Between a source of tasks and the machinery that runs them: what is handed out, and what comes back.
+
+Knows nothing of Ray: `bench.engine` translates Tune's events into calls of a `Director`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from bench.config import TrialConfig, TrialResult, UserError
+
+Result = TypeVar("Result")
+
+#: A worker that is lost once more than this takes its trial with it.
+MAX_LOSSES = 2
+#: So many failures in a row, all at one place in the code, end the run: the next would fail as well.
+ALIKE_FAILURES = 3
+
+
+class Wait(enum.Enum):
+    """``WAIT``: the source has no task now, but will have."""
+
+    WAIT = "wait"
+
+
+WAIT = Wait.WAIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One trial to run: ``options`` are JSON-ready keyword arguments for the trial function."""
+
+    uid: str
+    config: TrialConfig
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Hands out tasks and is told what becomes of them; called from the thread that called `run`.
+
+    Every started uid is completed exactly once, unless the run ends before (interrupted, or by an error).
+    """
+
+    def next(self) -> Task | Wait | None:
+        """The next task; WAIT: none now; None: none any more."""
+
+    def started(self, uid: str) -> None:
+        """A worker has begun with it."""
+
+    def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """One epoch is over, and the worker waits for the answer. True: stop this trial here."""
+
+    def completed(self, uid: str, result: TrialResult) -> None:
+        """It is over: finished, diverged or failed (the trial's own result), or stopped by `reported`."""
+
+
+class RepeatedError(UserError):
+    """Trials fail one after the other at the same place in the code: a bug, and no matter of coefficients."""
+
+
+@dataclass
+class _Live:
+    task: Task
+    started: bool = False
+    history: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+def _guarded(method: Callable[..., Result]) -> Callable[..., Result | None]:
+    """Keeps an exception for the end of the run, and ends it: Tune would log it and go on, or wrap it."""
+
+    @functools.wraps(method)
+    def guarded(self: Director, *arguments: Any) -> Result | None:
+        if self.stopping:
+            return None
+        try:
+            return method(self, *arguments)
+        except Exception as error:  # noqa: BLE001  (raised again by `run`)
+            self.fault = error
+            return None
+
+    return guarded
+
+
+class Director:
+    """All that happens in a run, in one place; Tune's trial ids are the keys.
+
+    ``live``: what is handed out and not over. ``exhausted``: the source has no more. ``fault``: the
+    exception that ends the run, be it the source's or a RepeatedError.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        trial: str,
+        concurrent: int,
+        log: Path,
+        say: Callable[[str], None],
+        tick: Callable[[], None] | None,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self._source, self._trial, self._concurrent, self._log = source, trial, concurrent, log
+        self._say, self._tick, self._interrupted = say, tick, interrupted
+        self.live: dict[str, _Live] = {}
+        self.exhausted = False
+        self.fault: Exception | None = None
+        self._alike, self._place = 0, ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles all that it is given, for a restoration that never comes
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is to end now; the source is then left in peace."""
+        return self.fault is not None or self._interrupted()
+
+    @_guarded
+    def suggest(self, trial_id: str) -> dict[str, str] | None:
+        """Tune's configuration of the next trial: the whole task as one string, which Tune lets be."""
+        self.beat()
+        if self.exhausted or len(self.live) >= self._concurrent:
+            return None
+        task = self._source.next()
+        if task is None:
+            self.exhausted = True
+        if not isinstance(task, Task):
+            return None
+        self.live[trial_id] = _Live(task)
+        content = {"trial": self._trial, "config": task.config.to_dict(), "options": task.options}
+        return {"task": json.dumps(content)}
+
+    @_guarded
+    def started(self, trial_id: str) -> None:
+        """A worker has the trial; not the first one, perhaps."""
+        live = self.live[trial_id]
+        if not live.started:
+            live.started = True
+            self._source.started(live.task.uid)
+
+    @_guarded
+    def lost(self, trial_id: str) -> None:
+        """The worker died, and another one is to begin with the trial again."""
+        self._say(f"{self.live[trial_id].task.uid}: its worker process died; the trial is begun again.")
+
+    @_guarded
+    def reported(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> bool:
+        """Whether to stop the trial; its result is then what it has reported in this run."""
+        live = self.live[trial_id]
+        live.history[epoch] = {"epoch": float(epoch), **metrics}
+        if not self._source.reported(live.task.uid, epoch, metrics):
+            return False
+        result = TrialResult(
+            config=live.task.config,
+            status="stopped",
+            reason=f"stopped early, after epoch {epoch}",
+            metrics=dict(metrics),
+            history=[live.history[e] for e in sorted(live.history)],
+        )
+        self._complete(trial_id, result)
+        return True
+
+    @_guarded
+    def returned(self, trial_id: str, message: dict[str, Any]) -> None:
+        """The trial function has come to its end."""
+        result = TrialResult.from_dict(message["result"])
+        if message["traceback"]:
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
+        self._complete(trial_id, result)
+        self._note(message["where"], result.reason)
+
+    @_guarded
+    def gave_up(self, trial_id: str, cause: str | None) -> None:
+        """The worker died once too often or, with a ``cause``, cannot even begin."""
+        if trial_id not in self.live:  # over before: the worker was lost in its last moment
+            return
+        lost = f"its worker process died {MAX_LOSSES + 1} times (killed, or out of memory?)"
+        reason = lost if cause is None else f"its worker cannot run: {cause}"
+        failed = TrialResult(config=self.live[trial_id].task.config, status="failed", reason=reason)
+        self._complete(trial_id, failed)
+        self._note(lost if cause is None else reason, reason)
+
+    def _complete(self, trial_id: str, result: TrialResult) -> None:
+        self._source.completed(self.live.pop(trial_id).task.uid, result)
+
+    def _note(self, where: str, reason: str | None) -> None:
+        self._alike = self._alike + 1 if where == self._place else 1
+        self._place = where
+        if where and self._alike >= ALIKE_FAILURES:
+            raise RepeatedError(f"{ALIKE_FAILURES} trials in a row failed alike: {reason}. Mend it and run again.")
+
+    @_guarded
+    def beat(self) -> None:
+        """Between any two events."""
+        if self._tick is not None:
+            self._tick()

@@ -1,0 +1,271 @@
+"""The one owner of Ray: runs tasks in parallel worker processes, as a source hands them out.
+
+Ray Tune schedules, watches and restarts the workers; it decides and remembers nothing. What to run, when
+to stop a trial and what became of it is the source's business, which therefore survives a crash of this
+process on its own terms: every run starts a new Tuner, and none is ever restored.
+
+    source.next ──► Searcher ──► Worker: trial(config, report) ──► Scheduler ──► source.reported
+                                    └──► result ──► Searcher ──► source.completed
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from bench import processes
+from bench.config import UserError
+from bench.director import MAX_LOSSES, WAIT, Director, RepeatedError, Source, Task, Wait
+from bench.streams import quiet
+from bench.worker import Running
+
+# Ray reads these two when it is imported. Under `uv run` it would else ship the working directory to its
+# workers; and on Linux it would listen on the address that other machines see, even if told 127.0.0.1.
+os.environ.update(RAY_ENABLE_UV_RUN_RUNTIME_ENV="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+__all__ = ["WAIT", "Outcome", "RepeatedError", "Source", "Task", "Wait", "run"]
+
+Outcome = Literal["done", "interrupted"]
+
+#: Nothing goes through Ray's object store but its own small change; 75 MiB is the least that Ray takes.
+OBJECT_STORE_BYTES = 80 * 2**20
+
+# Ray asks for a token, and would else write one to the home directory. It remembers the first it sees.
+_TOKEN = secrets.token_hex(32)
+
+
+def run(
+    source: Source,
+    *,
+    trial: str = "bench.trial:run_trial",
+    concurrent: int,
+    cpus_per_trial: float,
+    gpus_per_trial: float = 0.0,
+    log: Path,
+    say: Callable[[str], None],
+    tick: Callable[[], None] | None = None,
+    grace: float = 5.0,
+) -> Outcome:
+    """Run the source's tasks, ``concurrent`` at a time, until it has no more or a signal comes.
+
+    ``trial`` names, as module:function, a ``trial(config, report, **options) -> TrialResult`` that can be
+    imported here and so in the workers; ``report(epoch, metrics)`` may not return (the trial is stopped).
+    An exception in it is its result (status failed) and is not retried; a trial whose worker process
+    died is begun again, up to MAX_LOSSES times: to go on from where it was is the trial function's
+    business. ``tick`` is called about ten times a second, and between any two events.
+
+    Ray's output goes to ``log``; ``say`` and ``tick`` reach the terminal through the streams of a
+    `quiet` around this call. SIGINT or SIGTERM: workers are killed, and the answer is "interrupted".
+    Ray's processes have ``grace`` seconds to go before they are killed too.
+
+    Errors: UserError (too few GPUs, Ray runs already), RepeatedError, and whatever the source raises.
+    """
+    _check(concurrent, cpus_per_trial, gpus_per_trial)
+    with quiet(log), processes.Interrupts() as interrupts:
+        director = Director(
+            source,
+            trial=trial,
+            concurrent=concurrent,
+            log=log,
+            say=say,
+            tick=tick,
+            interrupted=lambda: interrupts.raised,
+        )
+        with _cluster(concurrent, cpus_per_trial, gpus_per_trial, grace) as folder:
+            interrupts.arm()
+            if not interrupts.raised:
+                resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial}
+                _tuner(director, resources, folder / "tune").fit()
+    if director.fault is not None:
+        raise director.fault
+    if interrupts.raised:
+        return "interrupted"
+    if director.live or not director.exhausted:
+        raise RuntimeError(f"Ray Tune ended the run before its time; see {log}.")
+    return "done"
+
+
+def _check(concurrent: int, cpus: float, gpus: float) -> None:
+    if concurrent < 1:
+        raise UserError(f"concurrent must be at least 1, not {concurrent}.")
+    if cpus <= 0:
+        raise UserError(f"cpus_per_trial must be above 0, not {cpus}.")
+    if gpus < 0:
+        raise UserError(f"gpus_per_trial must not be negative, not {gpus}.")
+    if ray.is_initialized():
+        raise UserError("Ray runs in this process already; call ray.shutdown() first.")
+
+
+class _Search(Searcher):  # type: ignore[misc]  # Ray has no types
+    def __init__(self, director: Director) -> None:
+        super().__init__()
+        self._director = director
+
+    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        task = self._director.suggest(trial_id)
+        return Searcher.FINISHED if self._director.exhausted or self._director.stopping else task
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if not error and trial_id in self._director.live and result is not None:  # and was not stopped
+            self._director.returned(trial_id, json.loads(result["message"]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the source remembers."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a run is never restored; it starts anew from its source")
+
+
+class _Schedule(FIFOScheduler):  # type: ignore[misc]
+    def __init__(self, director: Director) -> None:
+        super().__init__()
+        self._director = director
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
+        message = json.loads(result["message"])
+        if self._director.reported(trial.trial_id, message["epoch"], message["metrics"]):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
+
+
+class _Watch(tune.Callback):  # type: ignore[misc]
+    def __init__(self, director: Director) -> None:
+        self._director = director
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+        self._director.started(trial.trial_id)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+        self._director.lost(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+        error = trial.get_pickled_error()
+        died = isinstance(error, ray.exceptions.RayActorError)
+        self._director.gave_up(trial.trial_id, None if died else str(error).strip().rpartition("\n")[2])
+
+
+class _Stop(tune.Stopper):  # type: ignore[misc]
+    """Asked after every step of Tune's loop, ten times a second at least: the run's pulse, and its end."""
+
+    def __init__(self, director: Director) -> None:
+        self._director = director
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        return False
+
+    def stop_all(self) -> bool:
+        self._director.beat()
+        if self._director.stopping:
+            _kill_workers()
+        return self._director.stopping
+
+
+def _kill_workers() -> None:
+    # Asked politely, a worker in the middle of an epoch would keep Tune waiting for up to fifteen seconds.
+    processes.end([p for p in processes.descendants(()) if processes.title(p).startswith("ray::")], grace=0)
+
+
+def _tuner(director: Director, resources: dict[str, float], folder: Path) -> Any:
+    return tune.Tuner(
+        tune.with_resources(_Worker, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=_Search(director),
+            scheduler=_Schedule(director),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            stop=_Stop(director),
+            callbacks=[_Watch(director)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=MAX_LOSSES),
+            verbose=0,
+        ),
+    )
+
+
+def _name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+@contextmanager
+def _cluster(concurrent: int, cpus: float, gpus: float, grace: float) -> Iterator[Path]:
+    """A Ray of our own on this machine's loopback, with room for ``concurrent`` trials; yields its folder."""
+    with processes.scratch_folder() as folder, processes.environment(_variables(concurrent, cpus)):
+        spared = processes.own_children()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=math.ceil(concurrent * cpus),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
+            _check_gpus(concurrent, gpus)
+            yield folder
+        finally:
+            started = processes.descendants(spared)
+            ray.shutdown()
+            processes.end(started, grace)
+
+
+def _variables(concurrent: int, cpus: float) -> dict[str, str]:
+    return {
+        # What can be imported here can be imported in the workers, from whatever folder this was started.
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),  # noqa: PTH100 ("" is the current one)
+        "OMP_NUM_THREADS": str(max(1, int(cpus))),
+        "RAY_AUTH_TOKEN": _TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in options mean the same there as here
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_MAX_PENDING_TRIALS_PG": str(concurrent),
+        "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots, which nobody reads
+    }
+
+
+def _check_gpus(concurrent: int, gpus: float) -> None:
+    found = ray.cluster_resources().get("GPU", 0)
+    if concurrent * gpus > found:
+        raise UserError(
+            f"{concurrent} trials at a time with {gpus:g} GPU each need {concurrent * gpus:g} GPUs, and Ray finds "
+            f"{found:g}; run fewer at a time, share a GPU (0.5 each), or use the CPU."
+        )
+
+
+class _Worker(tune.Trainable):  # type: ignore[misc]
+    """One process for many trials, one after the other."""
+
+    def setup(self, config: dict[str, str]) -> None:
+        self._running = Running(config["task"])
+
+    def step(self) -> dict[str, Any]:
+        message = self._running.next_message()
+        return {"message": json.dumps(message), "done": "result" in message}
+
+    def reset_config(self, new_config: dict[str, str]) -> bool:
+        self._running.stop()
+        self._running = Running(new_config["task"])
+        return True
+
+    def cleanup(self) -> None:
+        self._running.stop()

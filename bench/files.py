@@ -1,0 +1,129 @@
+"""Files that are whole or not there, and YAML that means what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench.config import UserError
+
+#: A number with an exponent, as YAML 1.2 has it. PyYAML follows 1.1, for which 1e-5 and 1.0e5 are text.
+_EXPONENT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key is text as it is written, once; 1e-5 is a number; no tags."""
+
+    def fetch_tag(self) -> None:
+        raise yaml.scanner.ScannerError(problem="tags ('!') are not used here", problem_mark=self.get_mark())
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(problem="a key must be text", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice; remove one", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        self.flatten_mapping(node)
+        # A primitive is named null: as a key, YAML would read it as "no value".
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+
+class _Dumper(yaml.SafeDumper):
+    """The counterpart of `_Loader`: quotes the text that it would read as a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  (PyYAML's signature)
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in this YAML file. UserError if it cannot be read, is not YAML or is not a mapping.
+
+    Safe (plain values only), and stricter than YAML: keys are text, and none stands twice.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        where = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {_one_line(error.problem)}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}.") from error
+    if not isinstance(value, dict):
+        found = "is empty" if value is None else f"holds a {type(value).__name__}"
+        raise UserError(f"{path}: {found}; expected a mapping, lines of 'key: value'.")
+    return value
+
+
+def write_yaml(path: Path, value: dict[str, Any]) -> None:
+    """Write plain values as YAML, whole or not at all; `read_yaml` gives them back. Keys keep their order."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    write_atomic(path, text)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file, whole or not at all: a reader, or a crash, sees the old text or the new one.
+
+    The folder is made if it is missing. UserError if the file cannot be written; the old one is then intact.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path) as temporary:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Free space there, or choose another folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """An unused name in the same folder (a rename is atomic within one file system only), gone afterwards."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(problem: object) -> str:
+    return " ".join(str(problem).split())
+
+
+def parse_scalar(key: str, text: str) -> Any:
+    """One value as YAML has it (1e-3, true, [30, 60], text), as it stands after ``KEY=`` on the command line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{key}={text}: not a value that YAML knows; quote it if it is text.") from error

@@ -1,0 +1,82 @@
+"""`bench list`: the registries as tables. Each is read from its rows, so that a new row shows by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Listing = list[dict[str, str]]
+
+
+def _rules() -> Listing:
+    from bench.learning.rules import RULES
+
+    return [
+        {"name": r.name, "what": r.summary, "primitives": " + ".join(r.primitives) or "–", "source": r.source}
+        for r in RULES.values()
+    ]
+
+
+def _primitives() -> Listing:
+    from bench.learning.primitives import PRIMITIVES
+
+    return [{"name": p.name, "energy": p.formula, "kind": p.kind, "sees": p.sees} for p in PRIMITIVES.values()]
+
+
+def _networks() -> Listing:
+    from bench.models import ARCHITECTURES
+
+    rows = [{"name": a.name, "what": a.summary, "source": a.source} for a in ARCHITECTURES.values()]
+    return [
+        *rows,
+        *({"name": f"{lib}:NAME", "what": f"any network of {lib}", "source": lib} for lib in ("torchvision", "timm")),
+    ]
+
+
+def _datasets() -> Listing:
+    from bench.datasets import DATASETS
+
+    return [{"name": d.name, "what": d.summary, "source": d.source} for d in DATASETS.values()]
+
+
+def _spaces() -> Listing:
+    from bench.space import load_space, space_names
+
+    found = []
+    for rule in space_names():
+        space = load_space(rule, "resnet18").to_dict()
+        ranges = "; ".join(
+            f"{name} {p['min']:g} to {p['max']:g} ({p['scale']})"
+            if "min" in p
+            else f"{name} {p.get('choices', p.get('value'))}"
+            for name, p in space.items()
+        )
+        found.append({"rule": rule, "searched on resnet18": ranges, "file": f"search_spaces/{rule}.yaml"})
+    return found
+
+
+def _samplers() -> Listing:
+    from bench.study import SAMPLERS
+
+    return [{"name": s.name, "what": s.summary, "source": s.source} for s in SAMPLERS.values()]
+
+
+def _schedulers() -> Listing:
+    from bench.study import SCHEDULERS
+
+    return [{"name": s.name, "what": s.summary, "source": s.source} for s in SCHEDULERS.values()]
+
+
+LISTS: dict[str, Callable[[], Listing]] = {
+    "rules": _rules,
+    "primitives": _primitives,
+    "networks": _networks,
+    "datasets": _datasets,
+    "spaces": _spaces,
+    "samplers": _samplers,
+    "schedulers": _schedulers,
+}
+
+
+def listing(name: str) -> Listing:
+    """The rows of one list, as text."""
+    return LISTS[name]()

@@ -1,0 +1,52 @@
+"""Keeps what other programs print off the terminal, at the level of file descriptors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from bench.config import UserError
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """Send file descriptors 1 and 2 to the end of ``log``; yields text streams on the real ones.
+
+    Child processes inherit the redirection (Ray's C++ processes print too), and so does everything that
+    is printed to ``sys.stdout`` and ``sys.stderr`` here. Whoever wants to reach the terminal meanwhile
+    writes to the two streams. May be nested: the inner one then yields the outer one's log.
+    A UserError if the log cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write the log {log} ({error.strerror}); choose a writable folder.") from error
+    _flush()
+    with _duplicate(1) as out, _duplicate(2) as err:
+        try:
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            os.close(sink)
+            yield out, err
+        finally:
+            _flush()
+            out.flush()
+            err.flush()
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+
+
+def _duplicate(descriptor: int) -> TextIO:
+    # A duplicate is not inherited by child processes: none of them can hold the terminal open.
+    return os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()

@@ -1,0 +1,403 @@
+"""The study: what to try next, when to stop it, and how it went. An Optuna journal is the one record.
+
+Everything that is decided here is a function of the seed and of that journal, so a search that was killed
+goes on as if it had not been: a proposal comes from a sampler made afresh for its trial's number, a stop
+from the values reported so far, and a trial that a dead driver left running is handed out again as it
+stands: same number, uid, parameters and reported values. Each change is one line of the journal, so that
+there is nothing half done to repair.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import optuna
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from bench.config import StudyConfig, TrialResult, UserError, unknown
+from bench.journal import claim, mend
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+Distributions = Mapping[str, BaseDistribution]
+
+#: No trial is stopped before this many others have come as far: of two or three, the best says nothing.
+PATIENCE = 4
+#: Successive halving: the best third goes on.
+REDUCTION = 3
+
+#: What may change between one start of a study and the next.
+MAY_CHANGE = ("trials", "confirm_top", "confirm_seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A way to propose trials, ``make(seed, startup)``, of which ``startup`` are drawn at random before; or a
+    way to stop them, ``make(epochs)``.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    summary: str
+    source: str
+
+
+_SAMPLERS = (
+    Row(
+        name="gp",
+        make=lambda seed, startup: GPSampler(seed=seed, n_startup_trials=startup),
+        summary="Gaussian process, expected improvement; best for a few dozen trials",
+        source="Optuna's GPSampler; Ament et al. 2023, arXiv 2310.20708",
+    ),
+    Row(
+        name="tpe",
+        make=lambda seed, startup: TPESampler(
+            seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
+        ),
+        summary="tree-structured Parzen estimator, multivariate",
+        source="Optuna's TPESampler; Bergstra et al. 2011, Watanabe 2023, arXiv 2304.11127",
+    ),
+    Row(
+        name="cmaes",
+        make=lambda seed, startup: CmaEsSampler(seed=seed, n_startup_trials=startup),
+        summary="covariance matrix adaptation; for hundreds of trials of continuous coefficients",
+        source="Optuna's CmaEsSampler; Hansen 2016, arXiv 1604.00772",
+    ),
+    Row(
+        name="random",
+        make=lambda seed, startup: RandomSampler(seed=seed),  # noqa: ARG005
+        summary="uniform in the search space (or in its logarithm)",
+        source="Bergstra & Bengio 2012",
+    ),
+)
+
+SAMPLERS: dict[str, Row] = {row.name: row for row in _SAMPLERS}
+
+
+def first_rung(epochs: int) -> int:
+    """The epoch of the first decision: a ninth of the whole, so that there are two rungs, at 1/9 and 1/3."""
+    return math.ceil(epochs / REDUCTION**2)
+
+
+_SCHEDULERS = (
+    Row(
+        name="asha",
+        make=lambda epochs: SuccessiveHalvingPruner(min_resource=first_rung(epochs), reduction_factor=REDUCTION),
+        summary="asynchronous successive halving: after 1/9 and 1/3 of the epochs the best third goes on",
+        source="Li et al. 2020, arXiv 1810.05934",
+    ),
+    Row(
+        name="hyperband",
+        make=lambda epochs: HyperbandPruner(
+            min_resource=first_rung(epochs), max_resource=epochs, reduction_factor=REDUCTION
+        ),
+        summary="successive halving with first decisions at several epochs, in turn",
+        source="Li et al. 2018, arXiv 1603.06560",
+    ),
+    Row(
+        name="median",
+        make=lambda epochs: MedianPruner(n_startup_trials=PATIENCE, n_warmup_steps=first_rung(epochs)),
+        summary="stops what is worse than the median of the finished trials at the same epoch",
+        source="Golovin et al. 2017, Google Vizier",
+    ),
+    Row(
+        name="none",
+        make=lambda epochs: NopPruner(),  # noqa: ARG005
+        summary="every trial gets all its epochs",
+        source="control",
+    ),
+)
+
+SCHEDULERS: dict[str, Row] = {row.name: row for row in _SCHEDULERS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A trial to run."""
+
+    uid: str
+    number: int
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Proposal):
+    """A trial that had its full budget, and its validation accuracy."""
+
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Trials by what became of them; ``remaining``: those of the budget that are not begun yet."""
+
+    finished: int
+    stopped: int
+    diverged: int
+    failed: int
+    running: int
+    remaining: int
+
+
+class Study:
+    """One search, kept in ``folder/journal.log``; one process at a time may have it open."""
+
+    def __init__(
+        self, folder: Path, config: StudyConfig, distributions: Distributions, chance: float, storage: JournalStorage
+    ) -> None:
+        """Use `Study.open`."""
+        self.folder, self.config = folder, config
+        self._distributions, self._chance, self._storage = dict(distributions), chance, storage
+        self._pruner = SCHEDULERS[config.scheduler].make(config.epochs)
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=config.name,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=RandomSampler(seed=0),  # never asked: see _propose
+            pruner=self._pruner,
+        )
+        self._id = storage.get_study_id_from_name(config.name)
+        self._left = [t.number for t in self._trials() if t.state == TrialState.RUNNING]
+        self._lock = -1
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        config: StudyConfig,
+        distributions: Distributions,
+        *,
+        say: Callable[[str], None],
+        chance: float,
+    ) -> Self:
+        """Begin a study in ``folder``, or go on with the one there.
+
+        ``distributions``: Optuna's, by parameter; none of them: a single trial says all. ``chance``: the
+        accuracy of guessing, which a diverged trial counts as. A UserError if another process has the
+        study open, if it was begun with other settings, or if its journal is damaged.
+        """
+        if config.sampler not in SAMPLERS:
+            raise unknown("sampler", config.sampler, SAMPLERS)
+        if config.scheduler not in SCHEDULERS:
+            raise unknown("scheduler", config.scheduler, SCHEDULERS)
+        lock = claim(folder)
+        try:
+            journal = folder / "journal.log"
+            mend(journal, say)
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+            _check_name(storage, config.name, folder)
+            study = cls(folder, config, distributions, chance, storage)
+            study._check_settings()
+        except BaseException:
+            os.close(lock)
+            raise
+        study._lock = lock
+        if study._left:
+            say(f"{config.name}: {len(study._left)} interrupted trials go on.")
+        return study
+
+    def close(self) -> None:
+        """Let others open it."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def budget(self) -> int:
+        """How many trials there are to be."""
+        return self.config.trials if self._distributions else 1
+
+    def ask(self) -> Proposal | None:
+        """A trial to run: first those that a dead driver left, then new ones; None when all are given out."""
+        if self._left:
+            return self._proposal(self._trials()[self._left.pop(0)])
+        trials = self._trials()
+        number = len(trials)
+        if number >= self.budget:
+            return None
+        params, state = self._propose(trials)
+        uid = self._uid(number)
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=params,
+                distributions=self._distributions,
+                user_attrs={"uid": uid},
+                system_attrs=state,
+            )
+        )
+        return Proposal(uid=uid, number=number, params=params)
+
+    def report(self, uid: str, epoch: int, value: float) -> bool:
+        """Note the validation accuracy after an epoch; True: stop the trial here.
+
+        An epoch that was reported before (by a worker that went on from its checkpoint) is not noted again.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"{uid} reported {value} at epoch {epoch}; a diverged trial ends, and reports nothing.")
+        trial_id = self._trial_id(uid)
+        trial = self._storage.get_trial(trial_id)
+        if epoch >= trial.user_attrs.get("stop_at", math.inf):
+            return True
+        if epoch not in trial.intermediate_values:
+            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            trial = self._storage.get_trial(trial_id)
+        if trial.last_step != epoch or not self._should_stop(trial, epoch):
+            return False
+        self._storage.set_trial_user_attr(trial_id, "stop_at", epoch)
+        return True
+
+    def _should_stop(self, trial: FrozenTrial, epoch: int) -> bool:
+        verdict = self._pruner.prune(self._study, trial)  # asked in any case: it keeps its rungs' records
+        others = sum(epoch in t.intermediate_values for t in self._trials()) - 1
+        return bool(verdict) and others >= PATIENCE and epoch < self.config.epochs
+
+    def tell(self, uid: str, result: TrialResult) -> None:
+        """Note what became of a trial.
+
+        finished: complete, with its val_acc. stopped: pruned. diverged: complete, at chance, so that the
+        sampler learns to keep away. failed (a bug): neither, but its place in the budget is used up.
+        """
+        trial_id, number = self._trial_id(uid), self._number(uid)
+        self._storage.set_trial_user_attr(trial_id, "status", result.status)
+        if result.reason is not None:
+            self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
+        if result.status == "finished":
+            self._study.tell(number, result.metrics["val_acc"])
+        elif result.status == "diverged":
+            self._study.tell(number, self._chance)
+        else:
+            self._study.tell(number, state=TrialState.PRUNED if result.status == "stopped" else TrialState.FAIL)
+
+    def counts(self) -> Counts:
+        """Trials by what became of them."""
+        trials = self._trials()
+        states = [t.state for t in trials]
+        diverged = sum(_diverged(t) for t in trials)
+        return Counts(
+            finished=states.count(TrialState.COMPLETE) - diverged,
+            stopped=states.count(TrialState.PRUNED),
+            diverged=diverged,
+            failed=states.count(TrialState.FAIL),
+            running=states.count(TrialState.RUNNING),
+            remaining=max(0, self.budget - len(trials)),
+        )
+
+    def best(self, n: int) -> list[Ranked]:
+        """The n best of the trials that had their full budget, best first; of equals, the earlier one."""
+        whole = [t for t in self._trials() if t.state == TrialState.COMPLETE and not _diverged(t)]
+        ranked = sorted(whole, key=lambda t: (-t.value, t.number))[:n]
+        return [Ranked(uid=self._uid(t.number), number=t.number, params=dict(t.params), value=t.value) for t in ranked]
+
+    def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters for the next trial, and what the sampler wants kept with it (CMA-ES: its state).
+
+        The sampler sees a copy of the study in memory, with what `as_completed` makes of stopped trials.
+        """
+        number = len(trials)
+        seed = random.Random(f"{self.config.seed}:{number}").randrange(2**31)
+        copy = optuna.create_study(direction="maximize", sampler=_make_sampler(self.config.sampler, seed, self.budget))
+        copy.add_trials(as_completed(trials))
+        params = dict(copy.ask(self._distributions).params)
+        state = copy.get_trials(deepcopy=False)[number].system_attrs
+        return params, {key: value for key, value in state.items() if key.startswith("cma:")}
+
+    def _check_settings(self) -> None:
+        now = {key: value for key, value in self.config.to_dict().items() if key not in MAY_CHANGE}
+        now["distributions"] = {name: distribution_to_json(d) for name, d in self._distributions.items()}
+        before = self._study.user_attrs.get("settings")
+        if before is None:
+            self._study.set_user_attr("settings", now)
+        elif changed := [
+            f"{key} was {before[key]}, is now {now.get(key)}" for key in before if now.get(key) != before[key]
+        ]:
+            raise UserError(
+                f"study {self.config.name!r} was begun with other settings ({'; '.join(changed)}); use those to go "
+                "on with it, or another --name."
+            )
+
+    def _trials(self) -> list[FrozenTrial]:
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        return trials
+
+    def _proposal(self, trial: FrozenTrial) -> Proposal:
+        return Proposal(uid=self._uid(trial.number), number=trial.number, params=dict(trial.params))
+
+    def _uid(self, number: int) -> str:
+        return f"{self.config.name}-{number:04d}"
+
+    def _number(self, uid: str) -> int:
+        return int(uid.rpartition("-")[2])
+
+    def _trial_id(self, uid: str) -> int:
+        trial_id: int = self._storage.get_trial_id_from_study_id_trial_number(self._id, self._number(uid))
+        return trial_id
+
+
+def as_completed(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials, with an estimate in place of the result that a stopped one was not allowed to have.
+
+    Optuna's GP and CMA-ES look at complete trials only: of a search that stops the hopeless ones they would
+    see nothing but successes, and propose the same failures for ever. The estimate is what the trial had
+    reached by its last epoch e, plus what trials that went on gained after e (the median), but never more
+    than the best of them.
+    """
+    whole = [t for t in trials if t.state == TrialState.COMPLETE and not _diverged(t)]
+    return [_estimated(t, whole) if t.state == TrialState.PRUNED else t for t in trials]
+
+
+def _estimated(trial: FrozenTrial, whole: Sequence[FrozenTrial]) -> FrozenTrial:
+    epoch = trial.last_step
+    if epoch is None:
+        return trial
+    reached = trial.intermediate_values[epoch]
+    gains = [t.value - t.intermediate_values[epoch] for t in whole if epoch in t.intermediate_values]
+    value = min(reached + statistics.median(gains), max(t.value for t in whole)) if gains else reached
+    return create_trial(
+        state=TrialState.COMPLETE,
+        value=value,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+        intermediate_values=trial.intermediate_values,
+    )
+
+
+def _diverged(trial: FrozenTrial) -> bool:
+    return bool(trial.state == TrialState.COMPLETE) and trial.user_attrs.get("status") == "diverged"
+
+
+def _make_sampler(name: str, seed: int, budget: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        # Releases of Optuna before 5 call the GP, and multivariate TPE, experimental.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return SAMPLERS[name].make(seed, max(4, min(8, budget // 4)))
+
+
+def _check_name(storage: JournalStorage, name: str, folder: Path) -> None:
+    names = [study.study_name for study in storage.get_all_studies()]
+    if names and name not in names:
+        raise UserError(
+            f"{folder} holds the study {names[0]!r}, not {name!r}; use --name {names[0]}, or another folder."
+        )

@@ -1,0 +1,78 @@
+"""What a person sees: tables, and one live line per phase of a search. Quiet where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+#: Seconds between two drawings of the live display.
+REFRESH = 0.25
+
+
+def console(stream: TextIO) -> Console:
+    """A console that draws on this stream; as wide as its text where it is not a terminal."""
+    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 240)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    """A plain table; the first two columns left, the numbers right."""
+    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3:05, 2:10:00."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """A live display of what the function given to ``show`` returns, a few times a second and only on a terminal.
+
+    As a context. ``tick`` is cheap to call; ``say`` prints a line above the display.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.console = console(stream)
+        self._render: Callable[[], str] = str
+        self._last = 0.0
+        self._live = Live(Text(), console=self.console, auto_refresh=False, transient=True)
+        self._on = stream.isatty()
+
+    def __enter__(self) -> Self:
+        if self._on:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on:
+            self._live.stop()
+
+    def show(self, render: Callable[[], str]) -> None:
+        self._render = render
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self._on and now - self._last >= REFRESH:
+            self._last = now
+            self._live.update(Text(self._render()), refresh=True)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)

@@ -1,0 +1,213 @@
+"""What the driver tells MLflow: `Tracker` turns it into operations and queues them. It never waits, nor fails.
+
+One writer, the driver: a parent run per study, a child run per trial, confirmation and control. The queue is
+`bench.delivery`, what carries the operations out is `bench.mlflow_store`; MLflow is imported in its thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
+from bench.delivery import Delivery, Spool
+from bench.mlflow_store import Store
+from bench.provenance import git_revision
+from bench.rows import flatten
+from bench.stores import check_uri, shown
+
+#: The longest value of a parameter or tag that older servers take too, in characters.
+_LONGEST = 5000
+
+
+class Tracker:
+    """The record of one study in MLflow. Every method but ``close`` returns at once.
+
+    Use it as a context: left by an exception, it ends the open runs as interrupted (KILLED). In order:
+    ``open``, ``study``, ``dataset``, then ``start``, ``report``, ``finish`` per run, ``record`` for rows that
+    are finished already, ``headline``, ``artifacts``, ``close``.
+    """
+
+    def __init__(self, store: Store, delivery: Delivery, uri: str) -> None:
+        self._store = store
+        self._delivery = delivery
+        self._uri = uri
+        self._study = self._identity = ""
+        self._dataset: dict[str, str] | None = None
+        self._open: set[str] = set()
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        uri: str,
+        artifacts: Path | None,
+        spool: Path,
+        experiment: str = "bench",
+        say: Callable[[str], None] = print,
+    ) -> Self:
+        """A tracker that writes to the MLflow at ``uri`` (`bench.stores.embedded` gives the default one).
+
+        ``artifacts``: where a new experiment keeps files; None: where the server says. ``spool``: the folder
+        that keeps what could not be delivered. ``say``: receives lines for the user, also from the thread.
+        Errors: UserError for an address that cannot work. The store itself opens in the background.
+        """
+        check_uri(uri)
+        store = Store(uri, artifacts, experiment)
+        delivery = Delivery(store.deliver, spool=Spool(spool, digest(uri)), name=f"MLflow at {shown(uri)}", say=say)
+        return cls(store, delivery, uri)
+
+    def study(
+        self,
+        name: str,
+        *,
+        config: Mapping[str, Any],
+        tags: Mapping[str, Any] | None = None,
+        identity: str | None = None,
+        live: Iterable[str] = (),
+    ) -> None:
+        """Begin or go on with a study: its parent run is found by name and ``identity``, or made.
+
+        ``identity`` tells this study from another of the same name on a shared server (default: the name).
+        Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``.
+        """
+        for text in (name, identity or ""):
+            if set(text) & set("'\"`\\"):
+                raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
+        self._study, self._identity = name, identity or name
+        ours = {"bench.kind": "study", "bench.identity": self._identity, "bench.git_revision": git_revision()}
+        self._put("begin", params=_texts(config), tags=self._tags({**(tags or {}), **ours}), live=sorted(live))
+
+    def dataset(self, name: str, digest: str) -> None:
+        """The data set of this study: an MLflow input of the parent and of every child, and tags."""
+        self._dataset = {"name": name, "digest": digest}
+        tags = {"bench.dataset": name, "bench.dataset_digest": digest}
+        self._put("dataset", dataset=self._dataset, tags=self._tags(tags))
+
+    def start(self, uid: str, kind: Kind, config: TrialConfig, tags: Mapping[str, Any] | None = None) -> None:
+        """A run begins, or goes on: one with this uid is reopened."""
+        self._open.add(uid)
+        more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
+        self._put("start", **self._described(uid, kind, config, more))
+
+    def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
+        """One epoch's metrics, at step = epoch. What is not finite becomes the tag ``bench.not_finite``."""
+        if uid not in self._open:
+            raise ValueError(f"report of {uid!r} before start, or after its end")
+        kept, dropped = _finite(metrics)
+        tags = {"bench.not_finite": f"{', '.join(dropped)} in epoch {epoch}"} if dropped else {}
+        self._put("report", uid=uid, epoch=epoch, metrics=kept, tags=tags)
+
+    def finish(self, uid: str, result: TrialResult, extra_tags: Mapping[str, Any] | None = None) -> None:
+        """A run's end: its final metrics, status, reason and provenance; epochs that were not reported, too."""
+        if uid not in self._open:
+            raise ValueError(f"finish of {uid!r} before start, or after its end")
+        self._open.remove(uid)
+        self._put("finish", uid=uid, **self._ended(result, extra_tags or {}))
+
+    def record(self, uid: str, kind: Kind, row: Mapping[str, Any]) -> None:
+        """A finished run from its row, whole: a control of another study, or what a killed driver left out.
+
+        A run that is in this study already, with this end, stays as it is.
+        """
+        result = TrialResult.from_dict({name: row[name] for name in TrialResult.field_names()})
+        ended = self._ended(result, {} if row["study"] == self._study else {"bench.from_study": row["study"]})
+        more = {**ended.pop("tags"), "bench.git_revision": result.provenance.get("git_revision")}
+        self._put("record", **self._described(uid, kind, result.config, more), **ended)
+
+    def interrupt(self) -> None:
+        """End all open runs as interrupted (KILLED); ``start`` with the same uid reopens one."""
+        for uid in sorted(self._open):
+            self._put("interrupt", uid=uid)
+        self._open.clear()
+
+    def headline(self, metrics: Mapping[str, float]) -> None:
+        """The study's own numbers, on the parent run; those that are not finite become a tag."""
+        kept, dropped = _finite(metrics)
+        tags = {"bench.not_finite": ", ".join(dropped)} if dropped else {}
+        self._put("headline", metrics=kept, tags=tags)
+
+    def artifacts(self, paths: Iterable[Path]) -> None:
+        """Files and folders for the parent run; they are read when they are delivered."""
+        found = [path.resolve() for path in paths]
+        if missing := [str(path) for path in found if not path.exists()]:
+            raise UserError(f"no such file for MLflow: {', '.join(missing)}; write it before it is recorded.")
+        self._put("artifacts", paths=[str(path) for path in found])
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all is delivered; False if it is not after so many seconds."""
+        return self._delivery.flush(timeout)
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> int:
+        """End the parent run with this status; how many operations were spooled, not delivered in time.
+
+        Runs that are still open are ended as interrupted.
+        """
+        if not self._closed:
+            self._closed = True
+            self.interrupt()
+            if self._study:
+                self._put("end", status=status)
+        return self._delivery.close(timeout)
+
+    def link(self) -> dict[str, str | None]:
+        """Where this study is in MLflow; ids are None until the store has been reached."""
+        return {
+            "tracking_uri": shown(self._uri),
+            "experiment_id": self._store.experiment_id,
+            "parent_run_id": self._store.parents.get(self._study),
+            "study": self._study,
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
+
+    def _put(self, op: str, **values: Any) -> None:
+        if not self._study:
+            raise ValueError(f"{op} before study")
+        where = {"op": op, "study": self._study, "identity": self._identity}
+        self._delivery.put({**where, "time": int(time.time() * 1000), **values})
+
+    def _tags(self, tags: Mapping[str, Any]) -> dict[str, str]:
+        return _texts({"bench.study": self._study, **{k: v for k, v in tags.items() if v is not None}})
+
+    def _described(self, uid: str, kind: Kind, config: TrialConfig, more: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run is: parameters, tags and data set."""
+        names = ("rule", "arch", "dataset", "seed")
+        tags = {"bench.uid": uid, "bench.kind": kind, **{f"bench.{n}": getattr(config, n) for n in names}, **more}
+        what = {"params": _texts(config.to_dict()), "tags": self._tags(tags), "dataset": self._dataset}
+        # MLflow's table shows some twenty letters of a name: the study's own would hide the run's.
+        return {"uid": uid, "name": f"{kind} {uid.removeprefix(f'{self._study}-')}", **what}
+
+    def _ended(self, result: TrialResult, more: Mapping[str, Any]) -> dict[str, Any]:
+        """How a run ended: outcome, metrics, history and tags."""
+        kept, dropped = _finite(result.metrics)
+        history = [{"epoch": n, **_finite(epoch)[0]} for n, epoch in enumerate(result.history, 1)]
+        tags = {"bench.status": result.status, "bench.reason": result.reason, **more}
+        tags |= dict(flatten({"provenance": result.provenance}))
+        if dropped:
+            tags["bench.not_finite"] = ", ".join(dropped)
+        return {"outcome": result.status, "metrics": kept, "history": history, "tags": self._tags(tags)}
+
+
+def _finite(metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+    """The finite ones, and the names of the others: MLflow keeps NaN badly, and its charts fail on it."""
+    kept = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    return kept, [name for name in metrics if name not in kept]
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Nested values as MLflow's flat text: ``coefficients.decay`` = 0.001; cut where it is too long."""
+    flat = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(values)}
+    return {name: text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…" for name, text in flat.items()}

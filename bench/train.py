@@ -1,0 +1,76 @@
+"""`bench train` and `bench evaluate`: one configuration, in this process; recorded as everything is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.config import TrialConfig, digest
+from bench.evaluators.alignment import error_alignment, weight_alignment
+from bench.rows import RowFile, row
+from bench.stores import embedded
+from bench.tracking import Tracker
+from bench.trial import ANGLE_EXAMPLES, pick_device, prepare, read_checkpoint, run_trial, score
+
+#: The study under which single runs are filed; they are no part of any search.
+STUDY = "train"
+
+
+def train(
+    config: TrialConfig,
+    *,
+    results: Path,
+    tracking_uri: str | None,
+    checkpoint: Path | None,
+    data_dir: str | None,
+    device: str,
+    read_test: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train one configuration, a line per epoch; its row, which is also appended to results/train/rows.jsonl."""
+    pick_device(device)
+    prepare(config, data_dir=data_dir, device=device)  # all that can be refused is refused before anything is recorded
+    uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
+    uid = f"{STUDY}-{digest([config.to_dict(), time.time_ns()])}"
+    with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
+        tracker.study(STUDY, config={}, tags={})
+        tracker.start(uid, "train", config, {"bench.rule": config.rule})
+
+        def report(epoch: int, metrics: Mapping[str, float]) -> None:
+            tracker.report(uid, epoch, metrics)
+            angle = f"  angle {metrics['angle']:.1f}°" if "angle" in metrics else ""
+            say(
+                f"epoch {epoch}/{config.epochs}  loss {metrics['train_loss']:.4f}  "
+                f"val {metrics['val_acc']:.2%}{angle}  {metrics['seconds']:.1f} s"
+            )
+
+        result = run_trial(
+            config,
+            report,
+            data_dir=data_dir,
+            device=device,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            read_test=read_test,
+        )
+        filed = row(uid, STUDY, "train", result)
+        RowFile(results / STUDY / "rows.jsonl", say=say).append(filed)
+        tracker.finish(uid, result)
+        if result.reason:
+            say(f"{result.status}: {result.reason}")
+    return filed
+
+
+def evaluate(checkpoint: Path, *, split: Literal["val", "test"], data_dir: str | None, device: str) -> dict[str, Any]:
+    """Accuracy, loss and angles of the network in a checkpoint, on one split of the data set it was trained on."""
+    state = read_checkpoint(str(checkpoint), pick_device(device))
+    config = TrialConfig.from_dict(state["config"])
+    trial = prepare(config, data_dir=data_dir, device=device)
+    trial.model.load_state_dict(state["model"])
+    metrics = score(trial, split)
+    if trial.conversion.swapped:
+        pixels, labels = next(trial.data.batches(split, ANGLE_EXAMPLES, device=trial.device))
+        metrics |= weight_alignment(trial.model)
+        metrics |= error_alignment(trial.model, trial.data.normalize(pixels), labels)
+    return {"config": config.to_dict(), "epoch": state["epoch"], "split": split, "metrics": metrics}

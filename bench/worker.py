@@ -1,0 +1,82 @@
+"""The inside of a worker process: a trial function in a thread, which stands still at every report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.config import TrialConfig, TrialResult
+
+
+class _Stopped(BaseException):
+    """Raised out of ``report``; not an Exception, so that no trial function catches it by mistake."""
+
+
+class Running:
+    """A trial function that has been called, and its messages: one per report, and then its result.
+
+    A report is ``{epoch, metrics}``; the result is ``{result, where, traceback}``, the latter two empty but
+    for an exception, which is a result like any other (status failed). All JSON-ready.
+    """
+
+    def __init__(self, task: str) -> None:
+        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._waiting = False
+        self._thread = threading.Thread(target=self._work, args=(json.loads(task),), daemon=True)
+        self._thread.start()
+
+    def next_message(self) -> dict[str, Any]:
+        """Answers the last report with "go on", and waits for the next message."""
+        self._answer(True)
+        message = self._messages.get()
+        self._waiting = "epoch" in message
+        return message
+
+    def stop(self) -> None:
+        """Answers the last report with "stop", and waits for the end of the trial function."""
+        self._answer(False)
+        self._thread.join()
+
+    def _answer(self, go_on: bool) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._answers.put(go_on)
+
+    def _report(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self._messages.put({"epoch": int(epoch), "metrics": {k: float(v) for k, v in metrics.items()}})
+        if not self._answers.get():
+            raise _Stopped
+
+    def _work(self, task: dict[str, Any]) -> None:
+        config = TrialConfig.from_dict(task["config"])
+        try:
+            result = _function(task["trial"])(config, self._report, **task["options"])
+            if not isinstance(result, TrialResult):
+                raise TypeError(f"{task['trial']} returned {type(result).__name__}, not TrialResult")
+            self._messages.put({"result": result.to_dict(), "where": "", "traceback": ""})
+        except _Stopped:
+            return
+        except BaseException as error:  # noqa: BLE001  (becomes the result; unsent, step() would wait for ever)
+            self._messages.put(_failure(config, error))
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}, {last.line}"
+    reason = " ".join(f"{type(error).__name__}: {error} ({where})".split())
+    text = "".join(traceback.format_exception(error))
+    result = TrialResult(config=config, status="failed", reason=reason)
+    return {"result": result.to_dict(), "where": f"{type(error).__name__} {where}", "traceback": text}

@@ -1,0 +1,16 @@
+"""Set before anything is imported: quiet libraries, one thread, and Hypothesis without a stopwatch."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Small tensors on few cores: threads cost more than they give, and processes inherit all of this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# A busy machine is slow, not wrong; and what CI finds must be found again.
+settings.register_profile("bench", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("bench")

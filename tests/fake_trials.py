@@ -1,0 +1,54 @@
+"""Trial functions that train nothing: what the engine's tests run in real worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.config import TrialConfig, TrialResult
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+def accuracy(config: TrialConfig, epoch: int) -> float:
+    """Grows with every epoch, and with the coefficient `sparse`."""
+    return config.coefficients.get("sparse", 0.5) * epoch / config.epochs
+
+
+def train(config: TrialConfig, report: Report, *, seconds: float = 0.0, checkpoint: str | None = None) -> TrialResult:
+    """An epoch takes ``seconds``; the number of those done is kept in the file ``checkpoint``."""
+    path = Path(checkpoint) if checkpoint else None
+    done = int(path.read_text()) if path and path.exists() else 0
+    history = [{"epoch": float(e), "val_acc": accuracy(config, e)} for e in range(1, done + 1)]
+    for epoch in range(done + 1, config.epochs + 1):
+        time.sleep(seconds)
+        history.append({"epoch": float(epoch), "val_acc": accuracy(config, epoch)})
+        if path:
+            path.with_suffix(".new").write_text(str(epoch))
+            path.with_suffix(".new").replace(path)
+        report(epoch, {"val_acc": accuracy(config, epoch)})
+    if done == config.epochs:
+        report(done, {"val_acc": accuracy(config, done)})
+    return TrialResult(config=config, status="finished", metrics={"val_acc": history[-1]["val_acc"]}, history=history)
+
+
+def nothing(config: TrialConfig, report: Report) -> TrialResult:  # noqa: ARG001
+    return TrialResult(config=config, status="finished", metrics={"val_acc": 0.5, "pid": float(os.getpid())})
+
+
+def act(config: TrialConfig, report: Report, *, act: str = "train", **options: Any) -> TrialResult:
+    """Does what ``act`` says: train, raise, or die (``deaths`` times, counted in the checkpoint's folder)."""
+    if act == "raise":
+        raise ValueError("no such coefficient\nin any table")
+    if act == "die":
+        deaths, folder = options.pop("deaths"), Path(options["checkpoint"]).parent
+        report(1, {"val_acc": 0.1})
+        died = len(list(folder.glob("died-*")))
+        if died < deaths:
+            (folder / f"died-{died}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return train(config, report, **options)

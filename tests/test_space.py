@@ -1,0 +1,339 @@
+"""Search spaces: every shipped file at both of its corners, composition, and what is refused, in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import bench
+from bench.config import PRIMITIVE_NAMES, StudyConfig, TrialConfig, UserError
+from bench.files import read_yaml, write_yaml
+from bench.learning.rules import RULES, parse_rule
+from bench.models import check_arch
+from bench.space import (
+    PARAMETERS,
+    UPDATE_FIELDS,
+    Choices,
+    Fixed,
+    Parameter,
+    Range,
+    Space,
+    load_space,
+    space_folder,
+    space_names,
+)
+
+REPOSITORY = Path(__file__).parents[1]
+#: Each file, for any network and for each that it has a section for.
+CASES = [
+    (name, arch)
+    for name in space_names()
+    for arch in ("any", *read_yaml(space_folder() / f"{name}.yaml").get("arch", {}))
+]
+
+ENTRY = "{min: 1e-5, max: 1e-2, scale: log, source: here}"
+GOOD = f"rule: symmetric\nsource: here\nspace:\n  decay: {ENTRY}\n  self: {ENTRY}\n"
+
+
+def finite(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_subnormal=False)
+
+
+@st.composite
+def parameters(draw: st.DrawFn, name: str) -> Parameter:
+    whole = UPDATE_FIELDS.get(name) is int
+    number = st.integers(1, 1000).map(float) if whole else finite(1e-9, 1e3)
+    shape = draw(st.sampled_from([Range, Choices, Fixed]))
+    if shape is Fixed:
+        return Fixed(value=draw(number))
+    if shape is Choices:
+        return Choices(choices=tuple(draw(st.lists(number, min_size=2, max_size=4, unique=True))))
+    low, high = sorted((draw(number), draw(number)))
+    assume(low < high)
+    return Range(min=low, max=high, scale=draw(st.sampled_from(["log", "linear"])))
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    names = draw(st.lists(st.sampled_from(PARAMETERS), unique=True))
+    return Space({name: draw(parameters(name)) for name in names})
+
+
+# --- what a space does -----------------------------------------------------------------------------------
+
+
+@given(spaces())
+def test_a_space_survives_json_and_a_study(space: Space) -> None:
+    plain = json.loads(json.dumps(space.to_dict()))
+    study = StudyConfig(name="s", rule="r", arch="a", dataset="d", space=plain)
+    assert Space.from_dict(StudyConfig.from_dict(study.to_dict()).space) == space
+
+
+@given(spaces(), st.integers(0, 2**31 - 1))
+def test_what_optuna_proposes_is_a_configuration_within_the_space(space: Space, seed: int) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    params = study.ask(space.distributions()).params
+    config = TrialConfig(rule="r").replace(**space.changes(params))
+    assert set(params) == set(space.searched)
+    for name, parameter in space.params.items():
+        value = config.coefficients[name] if name in PRIMITIVE_NAMES else getattr(config, name)
+        if isinstance(parameter, Range):
+            assert parameter.min <= value <= parameter.max
+        else:
+            assert value in parameter.values()
+
+
+def test_scales_and_whole_numbers_reach_optuna() -> None:
+    space = Space(
+        {
+            "feedback_every": Range(min=1, max=8, scale="log"),
+            "decay": Range(min=1e-3, max=1, scale="log"),
+            "self": Range(min=0, max=1, scale="linear"),
+            "amp": Choices(choices=(0.0, 0.5)),
+            "null": Fixed(value=2),
+        }
+    )
+    assert space.distributions() == {
+        "decay": optuna.distributions.FloatDistribution(1e-3, 1, log=True),
+        "self": optuna.distributions.FloatDistribution(0, 1),
+        "amp": optuna.distributions.CategoricalDistribution([0.0, 0.5]),
+        "feedback_every": optuna.distributions.IntDistribution(1, 8, log=True),
+    }
+    changes = space.changes({"decay": 0.1, "self": 0.2, "amp": 0.5, "feedback_every": 3})
+    assert changes == {"coefficients": {"decay": 0.1, "amp": 0.5, "null": 2.0, "self": 0.2}, "feedback_every": 3}
+
+
+def test_corners() -> None:
+    space = Space(
+        {
+            "self": Choices(choices=(1, 2, 3)),
+            "decay": Range(min=0.1, max=10, scale="log"),
+            "amp": Fixed(value=7),
+        }
+    )
+    assert space.corners() == ({"decay": 0.1, "self": 1}, {"decay": 10, "self": 3}, {"decay": 0.1, "self": 2})
+    assert Space().corners() == ({},)
+    assert Space().changes({}) == {}
+
+
+def test_values_for_other_parameters_are_refused() -> None:
+    space = load_space("symmetric", "resnet18")
+    with pytest.raises(UserError, match="searches decay, self, not decay"):
+        space.changes({"decay": 1})
+    with pytest.raises(UserError, match="searches decay, self, not decay, self, amp"):
+        space.changes({"decay": 1, "self": 1, "amp": 1})
+
+
+def test_prose_is_no_part_of_a_study(tmp_path: Path) -> None:
+    (tmp_path / "symmetric.yaml").write_text(GOOD)
+    first = load_space("symmetric", "any", tmp_path)
+    (tmp_path / "symmetric.yaml").write_text(GOOD.replace("here", "elsewhere"))
+    second = load_space("symmetric", "any", tmp_path)
+    assert first == second
+    assert first.to_dict() == second.to_dict()
+    assert second.params["decay"].source == "elsewhere"
+
+
+# --- the files -------------------------------------------------------------------------------------------
+
+
+def test_every_rule_with_something_to_search_has_a_file() -> None:
+    assert set(space_names()) == {name for name, rule in RULES.items() if rule.learns}
+
+
+@pytest.mark.parametrize(("rule", "arch"), CASES)
+def test_every_file_holds_at_its_corners(rule: str, arch: str) -> None:
+    space = load_space(rule, arch)
+    assert space.searched
+    row = parse_rule(rule)
+    for params in space.corners():
+        config = TrialConfig(rule=rule).replace(**space.changes(params))
+        assert set(config.coefficients) == (set() if row.task_gradient else set(row.primitives))
+
+
+@pytest.mark.parametrize("arch", sorted({arch for _, arch in CASES} - {"any"}))
+def test_every_section_is_of_a_network_that_exists(arch: str) -> None:
+    check_arch(arch)
+
+
+@pytest.mark.parametrize("rule", ["backprop", "feedback", "sign", "frozen"])
+def test_a_rule_whose_feedback_does_not_learn_has_nothing_to_search(rule: str) -> None:
+    assert load_space(rule, "resnet18") == Space()
+
+
+def test_a_section_replaces_what_it_names(tmp_path: Path) -> None:
+    text = (
+        GOOD
+        + "arch:\n  lenet:\n    self: {value: 0.5, source: here}\n    feedback_every: {choices: [1, 4], source: here}\n"
+    )
+    (tmp_path / "symmetric.yaml").write_text(text)
+    base = load_space("symmetric", "resnet18", tmp_path)
+    lenet = load_space("symmetric", "lenet", tmp_path)
+    assert base.searched == ("decay", "self")
+    assert lenet.params == {
+        "decay": base.params["decay"],
+        "self": Fixed(value=0.5),
+        "feedback_every": Choices(choices=(1, 4)),
+    }
+
+
+def test_a_subset_without_a_file_is_composed_and_with_one_is_read(tmp_path: Path) -> None:
+    shutil.copytree(space_folder(), tmp_path / "spaces")
+    folder = tmp_path / "spaces"
+    composed = load_space("sparse+decay+null", "lenet", folder)
+    parts = {name: load_space(name, "lenet", folder).params[name] for name in ("decay", "null", "sparse")}
+    assert composed.params == parts
+    entry = {"value": 1.0, "source": "here"}
+    own = {"rule": "decay+null+sparse", "source": "here", "space": dict.fromkeys(parts, entry)}
+    write_yaml(folder / "decay+null+sparse.yaml", own)
+    assert load_space("sparse+decay+null", "lenet", folder).params == dict.fromkeys(parts, Fixed(value=1))
+
+
+def test_a_named_subset_is_its_rule() -> None:
+    assert load_space("amp+decay", "resnet18") == load_space("mirror", "resnet18")
+
+
+def test_files_that_would_compose_to_two_things_are_refused(tmp_path: Path) -> None:
+    for name, factor in (("sparse", 1), ("decay", 2)):
+        update = f"feedback_lr_factor: {{value: {factor}, source: here}}"
+        text = f"rule: {name}\nsource: here\nspace:\n  {name}: {ENTRY}\n  {update}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"differ in feedback_lr_factor; write .*decay\+sparse\.yaml"):
+        load_space("sparse+decay", "any", tmp_path)
+
+
+def test_a_file_in_another_order_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "sparse+decay.yaml").write_text("rule: sparse+decay")
+    with pytest.raises(UserError, match=r"rename it to decay\+sparse\.yaml"):
+        load_space("sparse+decay", "any", tmp_path)
+    (tmp_path / "sparse+decay.yaml").rename(tmp_path / "decay+amp.yaml")
+    with pytest.raises(UserError, match=r"rename it to mirror\.yaml"):
+        load_space("mirror", "any", tmp_path)
+
+
+def test_the_folder_is_found_in_a_checkout_and_in_an_installed_package(tmp_path: Path) -> None:
+    assert space_folder() == REPOSITORY / "search_spaces"
+    package = tmp_path / "site-packages" / "bench"
+    shutil.copytree(Path(bench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "search_spaces", package / "search_spaces")
+    code = "from bench.space import load_space, space_folder; print(load_space('sparse', 'x').searched, space_folder())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=package.parent,
+        env={"PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().strip() == f"('sparse',) {package / 'search_spaces'}"
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+def bad(old: str, new: str) -> str:
+    assert old in GOOD
+    return GOOD.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (bad("1e-5", "1e-1"), "space.decay: min = 0.1 is not below max = 0.01; swap them."),
+        (bad("1e-5", "1e-2"), "min = 0.01 is not below max = 0.01; write {value: 0.01} for a fixed value."),
+        (bad("1e-5", "0"), "space.decay: scale log needs min > 0, not 0; raise min, or write scale: linear."),
+        (bad("1e-5", "little"), "space.decay: Range: min must be a number, not 'little'."),
+        (bad("1e-5", "true"), "min must be a number, not True."),
+        (bad("1e-2", ".inf"), "must be finite numbers."),
+        (bad("1e-2", ".nan"), "must be finite numbers."),
+        (bad("scale: log", "scale: cubic"), "scale must be one of 'log', 'linear', not 'cubic'."),
+        (bad("scale: log, ", ""), "Range: missing scale."),
+        (bad("min: 1e-5", "mn: 1e-5"), "unknown key of Range 'mn'. Did you mean 'min'?"),
+        (bad("min: 1e-5, ", ""), "Range: missing min."),
+        (bad("scale: log", "scale: log, choices: [1, 2]"), "unknown key of Choices 'min'. Valid: choices, source."),
+        (bad(ENTRY, "{choices: [1], source: x}"), "choices [1.0] must be two or more different numbers"),
+        (bad(ENTRY, "{choices: [1, 1.0], source: x}"), "must be two or more different numbers"),
+        (bad(ENTRY, "{choices: 3, source: x}"), "choices must be a list of a number"),
+        (bad(ENTRY, "{value: -1, source: x}"), "space.decay: coefficients.decay = -1.0 is out of range"),
+        (
+            bad("min: 1e-5, max: 1e-2, scale: log", "min: -1, max: 1, scale: linear"),
+            "coefficients.decay = -1.0 is out of range",
+        ),
+        (bad(ENTRY, "0.1"), "space.decay: expected {min, max, scale, source}, {choices, source} or {value, source}"),
+        (bad(", source: here", ""), "space.decay needs a source"),
+        (bad(", source: here", ", source: ' '"), "space.decay needs a source"),
+        (bad("  self", "  selv"), "space.selv: unknown parameter 'selv'. Did you mean 'self'?"),
+        (bad("  self", "  amp"), "space.amp has no effect on rule 'symmetric'; remove it."),
+        (bad("  self", "  feedback_warmup_epochs"), "space lacks self; add"),
+        (bad("  self", "  decay"), "the key 'decay' stands twice"),
+        (
+            GOOD + "  feedback_every: {choices: [1, 1.5], source: x}\n",
+            "feedback_every must be a whole number, not 1.5.",
+        ),
+        (GOOD + "  feedback_every: {choices: [0, 1], source: x}\n", "feedback_every = 0 is out of range"),
+        (GOOD + "  lr: {value: 1, source: x}\n", "unknown parameter 'lr'"),
+        (bad("rule: symmetric", "rule: mirror"), "rule is 'mirror'; write rule: 'symmetric', in quotes."),
+        (bad("rule: symmetric\n", ""), "rule is None; write rule: 'symmetric'"),
+        (bad("source: here\n", ""), "source is missing"),
+        (bad("space:", "spaces:"), "unknown key 'spaces'. Did you mean 'space'?"),
+        ("rule: symmetric\nsource: here\n", "space must map parameters to"),
+        (GOOD + "arch: [resnet18]\n", "arch must map names of networks to parameters"),
+        (GOOD + "arch: {resnet50: {decay: 3}}\n", "arch.resnet50.decay: expected {min, max, scale, source}"),
+        (GOOD + "arch: {resnet50: [decay]}\n", "arch.resnet50 must map parameters to"),
+        (GOOD + "  : :\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_whole_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "symmetric.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_space("symmetric", "resnet18", tmp_path)
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith(str(path))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("rule", "parameter", "words"),
+    [
+        ("kolen-pollack", "decay", "space.decay has no effect on rule 'kolen-pollack'; remove it."),
+        ("backprop", "feedback_lr_factor", "space.feedback_lr_factor has no effect on rule 'backprop'; remove it."),
+        ("null", "null", "write rule: 'null', in quotes."),
+    ],
+)
+def test_what_has_no_effect_on_a_rule(tmp_path: Path, rule: str, parameter: str, words: str) -> None:
+    (tmp_path / f"{rule}.yaml").write_text(f"rule: {rule}\nsource: here\nspace:\n  {parameter}: {ENTRY}\n")
+    with pytest.raises(UserError, match=words):
+        load_space(rule, "any", tmp_path)
+
+
+def test_missing_folder_file_and_rule(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder of search spaces at .*nowhere"):
+        load_space("sparse", "any", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"rule 'sparse' has no search space: write .*sparse\.yaml\."):
+        load_space("sparse", "any", tmp_path)
+    with pytest.raises(UserError, match=r"unknown rule 'spars'\. Did you mean 'sparse'\?"):
+        load_space("spars", "any")
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"decay": {"min": 1, "max": 0, "scale": "log"}},
+        {"decay": [1, 2]},
+        {"colour": {"value": 1}},
+        {"decay": {"value": float("nan")}},
+    ],
+)
+def test_a_wrong_space_in_a_study_is_refused(plain: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^space\."):
+        Space.from_dict(plain)
