@@ -7,10 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import bench
 from bench.config import StudyConfig, TrialConfig, UserError, check_range
+
+if TYPE_CHECKING:
+    from bench.search import Campaign, Options, Ready
 
 #: Exit statuses: bad input or a state that the user must mend, and an interruption (128 + SIGINT).
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -147,7 +150,7 @@ def _search(given: argparse.Namespace) -> int:
     from bench.learning.rules import parse_rule
     from bench.models import check_arch
     from bench.recipes import check_recipe, recipe_of
-    from bench.search import Options, search, study_name
+    from bench.search import Options, check, study_name
     from bench.space import load_space
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
@@ -172,41 +175,44 @@ def _search(given: argparse.Namespace) -> int:
         space=space.to_dict(),
     )
     options = Options(
-        results=_writable(given.results),
+        results=given.results,
         data_dir=given.data_dir,
         device=given.device,
         concurrent=given.concurrent,
         tracking_uri=given.tracking_uri,
     )
-    return _run_search(config, space, options, search, json_wanted=given.json)
+    ready = check(config, space, options)
+    _writable(given.results)
+    return _run_search(ready, json_wanted=given.json)
 
 
-def _run_search(config: StudyConfig, space: Any, options: Any, search: Any, *, json_wanted: bool) -> int:
+def _run_search(ready: Ready, *, json_wanted: bool) -> int:
+    from bench.search import search
     from bench.streams import quiet
     from bench.terminal import Progress
 
-    log = options.results / config.name / "ray.log"
+    config, log = ready.config, ready.folder / "ray.log"
     bars: list[Progress] = []
 
     def say(line: str) -> None:
         bars[0].say(line)
 
-    def watch(campaign: Any) -> Callable[[], None]:
+    def watch(campaign: Campaign) -> Callable[[], None]:
         say(f"{config.name}: {config.trials} trials of {config.epochs} epochs; Ray's log: {log}")
         bars[0].show(campaign.render)
         return bars[0].tick
 
     with quiet(log) as (_, err), Progress(err) as bar:
         bars.append(bar)
-        outcome, summary = search(config, space, options, say=say, watch=watch)
+        outcome, summary = search(ready, say=say, watch=watch)
     if json_wanted:
         print(json.dumps({"outcome": outcome, **summary}))
     else:
-        _print_search(outcome, summary, options)
+        _print_search(outcome, summary, ready.options)
     return INTERRUPTED if outcome == "interrupted" else 0
 
 
-def _print_search(outcome: str, summary: dict[str, Any], options: Any) -> None:
+def _print_search(outcome: str, summary: dict[str, Any], options: Options) -> None:
     from bench.summary import COLUMNS, table_rows
     from bench.terminal import console, table
 

@@ -27,6 +27,9 @@ Operation = Mapping[str, Any]
 #: Seconds to the first retry; each further one waits twice as long, up to the last value.
 FIRST_WAIT, LAST_WAIT = 0.5, 30.0
 
+#: Seconds of waiting at the end that need no word.
+_PATIENCE = 2.0
+
 #: So many refusals are said when they happen; all of them are counted at the end.
 _SAID = 3
 
@@ -130,26 +133,28 @@ class Delivery:
             return self._changed.wait_for(lambda: not self._queue, timeout)
 
     def close(self, timeout: float) -> int:
-        """Deliver what is queued for up to ``timeout`` seconds and spool the rest; how many those are.
+        """Deliver what is queued for up to ``timeout`` seconds and spool the rest; how many that is.
 
         Interrupted (Ctrl-C), it spools at once.
         """
         with self._changed:
-            self._closing = True
+            again, self._closing = self._closing, True
             self._changed.notify_all()
+        if again:
+            return len(self._queue)
         try:
-            self.flush(timeout)
+            if not self.flush(min(timeout, _PATIENCE)):
+                self._say(f"{self._name}: {len(self._queue)} operations are under way; {timeout:.0f} s at most.")
+                self.flush(timeout - _PATIENCE)
         finally:
-            left = self._stop()
-        return len(left)
+            self._stop()
+        return len(self._queue)
 
-    def _stop(self) -> list[str]:
+    def _stop(self) -> None:
         with self._changed:
-            already, self._stopped = self._stopped, True
-            left = list(self._queue)
+            self._stopped = True
             self._changed.notify_all()
-        if already:
-            return left
+        left = list(self._queue)  # the thread takes nothing from it any more
         try:
             path = self._spool.keep(left)
         except OSError as error:
@@ -162,7 +167,6 @@ class Delivery:
         if self.rejected:
             self._say(f"{self._name} refused {self.rejected} operations; see {self._spool.folder / 'rejected.jsonl'}.")
         self._thread.join(1.0)  # it may be inside a request: a daemon, it does not hold the program up
-        return left
 
     def _run(self) -> None:
         wait = FIRST_WAIT

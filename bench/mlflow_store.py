@@ -223,8 +223,9 @@ class Store:
         changed = self._write_params(study.parent, operation["params"])
         # A parameter never changes in MLflow; what may grow (the number of trials) goes on as a tag.
         self._write_tags(study.parent, {**operation["tags"], **{f"now.{key}": v for key, v in changed.items()}})
+        live = study.runs if operation["live"] is None else operation["live"]
         for uid, run in study.runs.items():
-            if run.status == "RUNNING" and uid not in operation["live"]:
+            if run.status == "RUNNING" and uid not in live:
                 self._interrupt(run, operation["time"])
 
     def start(self, operation: Operation) -> None:
@@ -285,11 +286,11 @@ class Store:
     def headline(self, operation: Operation) -> None:
         """Log metrics on the parent; a value that changed since goes one step further."""
         parent = self._known_study(operation).parent
-        there = self._client.get_run(parent).data.metrics
         for key, value in operation["metrics"].items():
-            if there.get(key) != value:
-                step = 1 + max((p.step for p in self._client.get_metric_history(parent, key)), default=-1)
-                self._write_metrics(parent, {key: value}, step, operation["time"])
+            points = sorted(self._client.get_metric_history(parent, key), key=lambda point: point.step)
+            repeated = any(point.timestamp == operation["time"] for point in points)
+            if not repeated and (not points or points[-1].value != value):
+                self._write_metrics(parent, {key: value}, points[-1].step + 1 if points else 0, operation["time"])
         self._write_tags(parent, operation["tags"])
 
     def artifacts(self, operation: Operation) -> None:

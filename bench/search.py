@@ -22,7 +22,8 @@ from bench.files import read_yaml, write_yaml
 from bench.provenance import provenance, usable_cores
 from bench.rows import Row, RowFile, result_of, row
 from bench.space import Space
-from bench.study import Study
+from bench.stores import check_uri, embedded
+from bench.study import Study, check_choices
 from bench.summary import headline, summarize
 from bench.terminal import duration
 from bench.tracking import Tracker
@@ -109,25 +110,13 @@ class _Running:
 class Campaign:
     """The source of all runs of one search (an `engine.Source`), and the keeper of its rows."""
 
-    def __init__(
-        self,
-        config: StudyConfig,
-        space: Space,
-        study: Study,
-        tracker: Tracker,
-        *,
-        rows: RowFile,
-        controls: RowFile,
-        options: Options,
-        share: Share,
-        control_key: str,
-    ) -> None:
-        self.config, self._space, self._study, self._tracker = config, space, study, tracker
+    def __init__(self, ready: Ready, study: Study, tracker: Tracker, *, rows: RowFile, controls: RowFile) -> None:
+        self.config, self._space = ready.config, ready.space
+        self._ready, self._study, self._tracker = ready, study, tracker
         self._row_files: dict[Kind, RowFile] = {"search": rows, "confirm": rows, "control": controls}
-        self._options, self._share, self._control_key = options, share, control_key
         self._done: dict[str, Row] = {**rows.by_uid(), **controls.by_uid()}
         self._running: dict[str, _Running] = {}
-        self.started_at = time.monotonic()
+        self._started_at = time.monotonic()
         self._finished_here: list[float] = []
 
     # --- what there is to run
@@ -138,7 +127,7 @@ class Campaign:
         for rule in CONTROLS:
             for seed in confirm_seeds(self.config) if rule != self.config.rule else ():
                 config = trial_config(self.config, {}, rule=rule, seed=seed)
-                tasks[f"control-{rule}-{digest([config.to_dict(), self._control_key])}"] = config
+                tasks[f"control-{rule}-{digest([config.to_dict(), self._ready.control_key])}"] = config
         return tasks
 
     def confirm_tasks(self) -> dict[str, TrialConfig]:
@@ -182,16 +171,16 @@ class Campaign:
     def _task(self, uid: str, kind: Kind, config: TrialConfig) -> engine.Task:
         self._running[uid] = _Running(kind, config, time.monotonic())
         options = {
-            "data_dir": self._options.data_dir,
-            "device": self._options.device,
+            "data_dir": self._ready.options.data_dir,
+            "device": self._ready.options.device,
             "checkpoint": str(self._checkpoint(uid)),
             "read_test": kind != "search",
-            "threads": self._share.threads,
+            "threads": self._ready.share.threads,
         }
         return engine.Task(uid=uid, config=config, options=options)
 
     def _checkpoint(self, uid: str) -> Path:
-        return (self._options.results / self.config.name / "checkpoints" / f"{uid}.pt").absolute()
+        return (self._ready.folder / "checkpoints" / f"{uid}.pt").absolute()
 
     def started(self, uid: str) -> None:
         run = self._running[uid]
@@ -259,7 +248,7 @@ class Campaign:
             parts.append(f"best {best[0].value:.2%} (trial {best[0].number})")
         left = self._seconds_left(counts.remaining + counts.running, controls, confirms)
         parts.append(
-            f"{duration(time.monotonic() - self.started_at)} gone" + (f", about {duration(left)} left" if left else "")
+            f"{duration(time.monotonic() - self._started_at)} gone" + (f", about {duration(left)} left" if left else "")
         )
         lines = [f"{self.config.name}: " + " · ".join(parts)]
         for uid, run in list(self._running.items()):
@@ -272,16 +261,55 @@ class Campaign:
             return None
         fresh = len(confirm_seeds(self.config)) * self.config.confirm_top if not confirms else len(confirms)
         runs = trials + sum(u not in self._done for u in controls) + fresh - sum(u in self._done for u in confirms)
-        return runs * sum(self._finished_here) / len(self._finished_here) / self._share.concurrent
+        return runs * sum(self._finished_here) / len(self._finished_here) / self._ready.share.concurrent
 
 
 Outcome = Literal["done", "interrupted", "known"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A search of which nothing can be refused any more, as far as one can know before it begins."""
+
+    config: StudyConfig
+    space: Space
+    options: Options
+    share: Share
+    dataset: tuple[str, str]
+    chance: float
+    control_key: str
+    uri: str
+    artifacts: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return self.options.results / self.config.name
+
+
+def check(config: StudyConfig, space: Space, options: Options) -> Ready:
+    """Everything that a search needs, tried out; UserError for what cannot work, before anything is written."""
+    check_choices(config)
+    uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
+    if options.tracking_uri:
+        check_uri(uri)
+    device = pick_device(options.device).type
+    lowest = trial_config(config, space.changes(space.corners()[0]))
+    data = prepare(lowest, data_dir=options.data_dir, device="cpu").data
+    return Ready(
+        config=config,
+        space=space,
+        options=options,
+        share=share_out(options.concurrent, device),
+        dataset=(data.name, data.digest),
+        chance=1.0 / data.classes,
+        control_key=f"{device} {data.digest}",
+        uri=uri,
+        artifacts=artifacts,
+    )
+
+
 def search(
-    config: StudyConfig,
-    space: Space,
-    options: Options,
+    ready: Ready,
     *,
     say: Callable[[str], None],
     watch: Callable[[Campaign], Callable[[], None]] | None = None,
@@ -289,40 +317,28 @@ def search(
     """Run the search to its end, or go on with it; the summary of what is known by then.
 
     "known": everything had been run before. ``watch`` gets the campaign and returns what is called about
-    ten times a second. UserError for anything that cannot work, before anything is written.
+    ten times a second.
     """
-    device = pick_device(options.device).type
-    share = share_out(options.concurrent, device)
-    probe = prepare(trial_config(config, space.changes(space.corners()[0])), data_dir=options.data_dir, device="cpu")
-    data = probe.data
-    del probe
-    folder = options.results / config.name
-    with Study.open(folder, config, space.distributions(), say=say, chance=1.0 / data.classes) as study:
+    config, options, folder = ready.config, ready.options, ready.folder
+    distributions = ready.space.distributions()
+    with Study.open(folder, config, distributions, say=say, chance=ready.chance) as study:
         identity = _write_config(folder, config)
-        uri, artifacts = _store(options)
-        with Tracker.open(uri=uri, artifacts=artifacts, spool=options.results / "spool", say=say) as tracker:
-            campaign = Campaign(
-                config,
-                space,
-                study,
-                tracker,
-                rows=RowFile(folder / "rows.jsonl", say=say),
-                controls=RowFile(options.results / "controls" / "rows.jsonl", say=say),
-                options=options,
-                share=share,
-                control_key=f"{device} {data.digest}",
-            )
+        spool = options.results / "spool"
+        with Tracker.open(uri=ready.uri, artifacts=ready.artifacts, spool=spool, say=say) as tracker:
+            rows = RowFile(folder / "rows.jsonl", say=say)
+            controls = RowFile(options.results / "controls" / "rows.jsonl", say=say)
+            campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
             tags = {"bench.rule": config.rule, "bench.arch": config.arch, "bench.seed": config.seed}
             tracker.study(config.name, config=config.to_dict(), tags=tags, identity=identity)
-            tracker.dataset(data.name, data.digest)
+            tracker.dataset(*ready.dataset)
             campaign.record_known()
             outcome: Outcome = "known"
             if not campaign.complete:
                 outcome = engine.run(
                     campaign,
-                    concurrent=share.concurrent,
-                    cpus_per_trial=share.threads,
-                    gpus_per_trial=share.gpus,
+                    concurrent=ready.share.concurrent,
+                    cpus_per_trial=ready.share.threads,
+                    gpus_per_trial=ready.share.gpus,
                     log=folder / "ray.log",
                     say=say,
                     tick=None if watch is None else watch(campaign),
@@ -334,12 +350,6 @@ def search(
             tracker.artifacts([folder / name for name in files if (folder / name).exists()])
             tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
             return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
-
-
-def _store(options: Options) -> tuple[str, Path | None]:
-    from bench.stores import embedded
-
-    return (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
 
 
 def _write_config(folder: Path, config: StudyConfig) -> str:

@@ -152,6 +152,14 @@ class Counts:
     remaining: int
 
 
+def check_choices(config: StudyConfig) -> None:
+    """UserError for a sampler or scheduler that is not in its registry."""
+    if config.sampler not in SAMPLERS:
+        raise unknown("sampler", config.sampler, SAMPLERS)
+    if config.scheduler not in SCHEDULERS:
+        raise unknown("scheduler", config.scheduler, SCHEDULERS)
+
+
 class Study:
     """One search, kept in ``folder/journal.log``; one process at a time may have it open."""
 
@@ -190,10 +198,7 @@ class Study:
         accuracy of guessing, which a diverged trial counts as. A UserError if another process has the
         study open, if it was begun with other settings, or if its journal is damaged.
         """
-        if config.sampler not in SAMPLERS:
-            raise unknown("sampler", config.sampler, SAMPLERS)
-        if config.scheduler not in SCHEDULERS:
-            raise unknown("scheduler", config.scheduler, SCHEDULERS)
+        check_choices(config)
         lock = claim(folder)
         try:
             journal = folder / "journal.log"

@@ -70,19 +70,25 @@ class Tracker:
         config: Mapping[str, Any],
         tags: Mapping[str, Any] | None = None,
         identity: str | None = None,
-        live: Iterable[str] = (),
+        live: Iterable[str] | None = (),
     ) -> None:
         """Begin or go on with a study: its parent run is found by name and ``identity``, or made.
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
-        Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``.
+        Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
+        (None: none is, for a study that several drivers write).
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
         self._study, self._identity = name, identity or name
         ours = {"bench.kind": "study", "bench.identity": self._identity, "bench.git_revision": git_revision()}
-        self._put("begin", params=_texts(config), tags=self._tags({**(tags or {}), **ours}), live=sorted(live))
+        self._put(
+            "begin",
+            params=_texts(config),
+            tags=self._tags({**(tags or {}), **ours}),
+            live=None if live is None else sorted(live),
+        )
 
     def dataset(self, name: str, digest: str) -> None:
         """The data set of this study: an MLflow input of the parent and of every child, and tags."""
@@ -92,9 +98,9 @@ class Tracker:
 
     def start(self, uid: str, kind: Kind, config: TrialConfig, tags: Mapping[str, Any] | None = None) -> None:
         """A run begins, or goes on: one with this uid is reopened."""
-        self._open.add(uid)
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
         self._put("start", **self._described(uid, kind, config, more))
+        self._open.add(uid)
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
         """One epoch's metrics, at step = epoch. What is not finite becomes the tag ``bench.not_finite``."""
@@ -187,8 +193,8 @@ class Tracker:
         names = ("rule", "arch", "dataset", "seed")
         tags = {"bench.uid": uid, "bench.kind": kind, **{f"bench.{n}": getattr(config, n) for n in names}, **more}
         what = {"params": _texts(config.to_dict()), "tags": self._tags(tags), "dataset": self._dataset}
-        # MLflow's table shows some twenty letters of a name: the study's own would hide the run's.
-        return {"uid": uid, "name": f"{kind} {uid.removeprefix(f'{self._study}-')}", **what}
+        # MLflow's table shows some twenty letters of a name: the study's, first, would hide the run's.
+        return {"uid": uid, "name": f"{kind} {uid.removeprefix(f'{self._study}-')} · {self._study}", **what}
 
     def _ended(self, result: TrialResult, more: Mapping[str, Any]) -> dict[str, Any]:
         """How a run ended: outcome, metrics, history and tags."""

@@ -187,7 +187,7 @@ def _free_port(host: str, wanted: int, say: Callable[[str], None]) -> int:
 def _interruptible() -> Iterator[None]:
     """SIGTERM and SIGHUP end the work as Ctrl-C does."""
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGHUP)}

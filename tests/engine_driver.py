@@ -48,8 +48,14 @@ class StudySource:
 def main() -> None:
     folder, trials, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     config = StudyConfig(
-        name="s", rule="sparse", arch="lenet", dataset="digits", trials=trials, epochs=EPOCHS,
-        sampler="random", scheduler="none",
+        name="s",
+        rule="sparse",
+        arch="lenet",
+        dataset="digits",
+        trials=trials,
+        epochs=EPOCHS,
+        sampler="random",
+        scheduler="none",
     )
     space = {"sparse": FloatDistribution(0.1, 1.0)}
     log = folder / "ray.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -36,19 +37,27 @@ def train(config: TrialConfig, report: Report, *, seconds: float = 0.0, checkpoi
     return TrialResult(config=config, status="finished", metrics={"val_acc": history[-1]["val_acc"]}, history=history)
 
 
-def nothing(config: TrialConfig, report: Report) -> TrialResult:  # noqa: ARG001
-    return TrialResult(config=config, status="finished", metrics={"val_acc": 0.5, "pid": float(os.getpid())})
-
-
-def act(config: TrialConfig, report: Report, *, act: str = "train", **options: Any) -> TrialResult:
-    """Does what ``act`` says: train, raise, or die (``deaths`` times, counted in the checkpoint's folder)."""
+def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int = 0, **options: Any) -> Any:
+    """Does what ``act`` says: train (and die after the next ``deaths`` epochs), raise, exit, return nonsense."""
     if act == "raise":
         raise ValueError("no such coefficient\nin any table")
-    if act == "die":
-        deaths, folder = options.pop("deaths"), Path(options["checkpoint"]).parent
-        report(1, {"val_acc": 0.1})
+    if act == "exit":
+        raise SystemExit(3)
+    if act == "nonsense":
+        return 42
+
+    def deadly(epoch: int, metrics: Mapping[str, float]) -> None:
+        report(epoch, metrics)
+        folder = Path(options["checkpoint"]).parent
         died = len(list(folder.glob("died-*")))
         if died < deaths:
             (folder / f"died-{died}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-    return train(config, report, **options)
+
+    result = train(config, deadly if deaths else report, **options)
+    threads = float(os.environ["OMP_NUM_THREADS"])
+    return dataclasses.replace(
+        result,
+        metrics={**result.metrics, "pid": float(os.getpid()), "threads": threads},
+        provenance={"cwd": str(Path.cwd())},
+    )

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bench.config import UserError
-from bench.datasets import ImageData, forget, load, stream
+from bench.datasets import DATASETS, ImageData, forget, load, stream
+from bench.datasets.augment import random_box
 from bench.datasets.decode import decode
+from bench.datasets.draws import ORDER, permutation
+from bench.datasets.raw import Request
 from dataset_files import write_folder
 
 CPU = torch.device("cpu")
@@ -88,6 +93,7 @@ def test_the_cache_spares_decoding_and_follows_every_change(
     assert torch.equal(read(again, "train")[0], read(before, "train")[0])
     path = root / "train" / "cat" / "00.png"
     os.utime(path, ns=(1, 1))
+    (root / ".bench-cache" / ".images-16-killed.npz.part").write_text("half")
     assert fresh(root).digest == before.digest
     assert not kept.exists(), "the stale cache stays on the disk"
     Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(path)
@@ -96,6 +102,27 @@ def test_the_cache_spares_decoding_and_follows_every_change(
     (root / "train" / "dog" / "04.png").unlink()
     assert fresh(root).sizes["train"] + fresh(root).sizes["val"] == 9
     assert len(list((root / ".bench-cache").glob("*"))) == 2  # the lock, and the arrays of now
+
+
+def test_processes_that_start_together_decode_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Threads stand for processes: the lock belongs to the opened file, not to the process."""
+    row = DATASETS["imagefolder:PATH"]
+    root = write_folder(tmp_path / "pets", {"train": 5, "test": 2})
+    request = Request(
+        name=f"imagefolder:{root}", data_dir=None, split_seed=0, val_fraction=0.1, train_examples=None, image_size=8
+    )
+
+    def slowly(path: str) -> Image.Image:
+        time.sleep(0.02)
+        return decode(path)
+
+    monkeypatch.setattr("bench.datasets.folder.decode", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = [f.result().digest for f in [pool.submit(row.read, row, request) for _ in range(3)]]
+    assert len(set(found)) == 1
+    assert capsys.readouterr().err.count("decoding") == 1
 
 
 def test_a_damaged_cache_is_made_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +273,12 @@ def test_large_images_do_not_depend_on_the_workers(photos: Path, monkeypatch: py
     two = read(data, "train", seed=3, epoch=1, augment=True)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert torch.equal(state, torch.get_rng_state())
+    paths = data.source.paths["train"]  # type: ignore[attr-defined]
+    for found, i in zip(two[0], permutation(len(paths), 3, 1, ORDER), strict=False):
+        box, mirror = random_box(100, 80, 3, 1, int(i))
+        expected = Image.open(paths[i]).convert("RGB").resize((66, 66), Image.Resampling.BILINEAR, box=box)
+        expected = ImageOps.mirror(expected) if mirror else expected
+        assert np.array_equal((found.permute(1, 2, 0) * 255).round().numpy(), np.asarray(expected))
     other = read(data, "train", seed=3, epoch=2, augment=True)
     assert not torch.equal(two[0], other[0])
     plain = read(data, "train", seed=3, epoch=1)

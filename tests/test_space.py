@@ -31,6 +31,7 @@ from bench.space import (
     space_folder,
     space_names,
 )
+from bench.trial import run_trial
 
 REPOSITORY = Path(__file__).parents[1]
 #: Each file, for any network and for each that it has a section for.
@@ -158,6 +159,16 @@ def test_every_file_holds_at_its_corners(rule: str, arch: str) -> None:
     for params in space.corners():
         config = TrialConfig(rule=rule).replace(**space.changes(params))
         assert set(config.coefficients) == (set() if row.task_gradient else set(row.primitives))
+
+
+@pytest.mark.parametrize("rule", space_names())
+def test_every_file_runs_at_its_corners(rule: str) -> None:
+    space = load_space(rule, "resnet20")
+    small = TrialConfig(rule=rule, arch="resnet20", epochs=1, batch_size=16, train_examples=32, measure_alignment=False)
+    for params in space.corners():
+        result = run_trial(small.replace(**space.changes(params)), device="cpu")
+        assert result.status in ("finished", "diverged")
+        assert 0 <= result.metrics["val_acc"] <= 1
 
 
 @pytest.mark.parametrize("arch", sorted({arch for _, arch in CASES} - {"any"}))

@@ -206,10 +206,12 @@ def _write_cache(target: Path, decoded: Arrays) -> None:
             np.savez(handle, digest=np.array(decoded.digest), **pixels, **labels)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}); make room there.") from error
-    # The same size with another key: of files that have changed since.
-    for stale in target.parent.glob(f"{target.name.rsplit('-', 1)[0]}-*.npz"):
-        if stale != target:
-            stale.unlink(missing_ok=True)
+    # The same size with another key: of files that have changed since; or the part that a killed process left.
+    same_size = target.name.rsplit("-", 1)[0]
+    for pattern in (f"{same_size}-*.npz", f".{same_size}-*.npz.part"):
+        for stale in target.parent.glob(pattern):
+            if stale != target:
+                stale.unlink(missing_ok=True)
 
 
 def _decode_all(listing: Listing, size: int, *, native: bool) -> Arrays:

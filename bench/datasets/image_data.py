@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, get_args
 
 import numpy as np
@@ -46,7 +47,7 @@ class ImageData:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(p - mean) / std per channel, for pixels (n, channels, h, w) in [0, 1]."""
-        mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_constant(values, pixels.device, pixels.dtype) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
     def steps(self, split: Split, batch_size: int) -> int:
@@ -88,3 +89,11 @@ class ImageData:
         if split not in self.sizes:
             raise unknown("split", split, get_args(Split))
         return self.sizes[split]
+
+
+@lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Per channel, as (1, c, 1, 1). Kept: to copy it anew would wait for all that the device still has to do."""
+    # Evaluation may come first; a tensor of inference mode could not serve in a backward pass later.
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)

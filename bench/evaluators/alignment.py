@@ -59,7 +59,7 @@ def error_alignment(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[st
     model.eval()
     try:
         with torch.enable_grad():
-            loss = F.cross_entropy(model(inputs).float(), labels)
+            loss = F.cross_entropy(model(inputs), labels)
             through_b = torch.autograd.grad(loss, list(sent.values()), retain_graph=True) if sent else ()
             with exact_gradients(model):
                 true = torch.autograd.grad(loss, list(sent.values())) if sent else ()

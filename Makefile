@@ -1,0 +1,60 @@
+# make demo: everything, from nothing to a finished search. make test: the tests. make check: format, lint, types.
+# All of it goes into a virtual environment, $(VENV); nothing else on the machine is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pip install, e.g. --extra-index-url, for a build of torch without CUDA.
+PIP_ARGS ?=
+
+# The demo's budget: under ten minutes on two cores without a GPU.
+DEMO_TRIALS ?= 4
+DEMO_EPOCHS ?= 3
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+INSTALLED_DEV := $(VENV)/installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
+	@echo "make test    set up, then run the tests"
+	@echo "make check   formatter, linter, type checker, import rules"
+	@echo "make format  reformat"
+	@echo "make clean   remove the virtual environment and the caches (never results)"
+
+demo: $(INSTALLED)
+	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) $(DEMO_ARGS)
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED_DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+format: $(INSTALLED_DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $(INSTALLED) $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	{ echo "bench needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
