@@ -205,6 +205,7 @@ def _run_search(ready: Ready, *, json_wanted: bool) -> int:
     with quiet(log) as (_, err), Progress(err) as bar:
         bars.append(bar)
         outcome, summary = search(ready, say=say, watch=watch)
+    summary["link"] = _link(summary["mlflow"], ready.options)
     if json_wanted:
         print(json.dumps({"outcome": outcome, **summary}))
     else:
@@ -238,8 +239,21 @@ def _print_search(outcome: str, summary: dict[str, Any], options: Options) -> No
     if best.exists():
         out.print(f"best configuration: {best}", markup=False)
     where = f" --results {options.results}" if str(options.results) != "results" else ""
-    uri = f" --tracking-uri {options.tracking_uri}" if options.tracking_uri else ""
-    out.print(f"compare the runs: bench ui{where}{uri}", markup=False)
+    if summary["link"] and options.tracking_uri and options.tracking_uri.startswith("http"):
+        out.print(f"compare the runs: {summary['link']}", markup=False)
+    elif summary["link"]:
+        out.print(f"compare the runs: bench ui{where}, and then {summary['link']}", markup=False)
+
+
+def _link(mlflow: dict[str, Any], options: Options) -> str | None:
+    """The page of this study's runs: on the server that was named, or where `bench ui` will show them."""
+    from bench.ui import runs_link
+
+    if mlflow["experiment_id"] is None:  # the store could not be reached; what was not delivered is spooled
+        return None
+    uri = options.tracking_uri or ""
+    base = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    return runs_link(base, mlflow["experiment_id"], mlflow["parent_run_id"])
 
 
 def _train(given: argparse.Namespace) -> int:
