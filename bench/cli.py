@@ -13,7 +13,7 @@ import bench
 from bench.config import StudyConfig, TrialConfig, UserError, check_range
 
 if TYPE_CHECKING:
-    from bench.search import Campaign, Options, Ready
+    from bench.search import Campaign, Ready
 
 #: Exit statuses: bad input or a state that the user must mend, and an interruption (128 + SIGINT).
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -187,6 +187,7 @@ def _search(given: argparse.Namespace) -> int:
 
 
 def _run_search(ready: Ready, *, json_wanted: bool) -> int:
+    from bench.present import print_search, study_link
     from bench.search import search
     from bench.streams import quiet
     from bench.terminal import Progress
@@ -205,55 +206,12 @@ def _run_search(ready: Ready, *, json_wanted: bool) -> int:
     with quiet(log) as (_, err), Progress(err) as bar:
         bars.append(bar)
         outcome, summary = search(ready, say=say, watch=watch)
-    summary["link"] = _link(summary["mlflow"], ready.options)
+    summary["link"] = study_link(summary["mlflow"], ready.options)
     if json_wanted:
         print(json.dumps({"outcome": outcome, **summary}))
     else:
-        _print_search(outcome, summary, ready.options)
+        print_search(outcome, summary, ready.options)
     return INTERRUPTED if outcome == "interrupted" else 0
-
-
-def _print_search(outcome: str, summary: dict[str, Any], options: Options) -> None:
-    from bench.summary import COLUMNS, table_rows
-    from bench.terminal import console, table
-
-    out = console(sys.stdout)
-    counts = ", ".join(f"{n} {name}" for name, n in summary["trials"].items())
-    title = (
-        f"{summary['study']}: {summary['rule']} on {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
-    )
-    if outcome == "known":
-        out.print(
-            f"{summary['study']} is finished; this is its result. A larger --trials goes on with it.", markup=False
-        )
-    if outcome == "interrupted":
-        out.print("interrupted: the same command goes on from here.", markup=False)
-    out.print(f"trials: {counts}", markup=False)
-    if not summary["confirmed"]:
-        out.print("nothing is confirmed yet: no trial has had its full budget.", markup=False)
-    rows = table_rows(summary)
-    if rows:
-        note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
-        out.print(table(title, COLUMNS, rows, note))
-    best = Path(summary["folder"]) / "best.yaml"
-    if best.exists():
-        out.print(f"best configuration: {best}", markup=False)
-    where = f" --results {options.results}" if str(options.results) != "results" else ""
-    if summary["link"] and options.tracking_uri and options.tracking_uri.startswith("http"):
-        out.print(f"compare the runs: {summary['link']}", markup=False)
-    elif summary["link"]:
-        out.print(f"compare the runs: bench ui{where}, and then {summary['link']}", markup=False)
-
-
-def _link(mlflow: dict[str, Any], options: Options) -> str | None:
-    """The page of this study's runs: on the server that was named, or where `bench ui` will show them."""
-    from bench.ui import runs_link
-
-    if mlflow["experiment_id"] is None:  # the store could not be reached; what was not delivered is spooled
-        return None
-    uri = options.tracking_uri or ""
-    base = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    return runs_link(base, mlflow["experiment_id"], mlflow["parent_run_id"])
 
 
 def _train(given: argparse.Namespace) -> int:

@@ -45,6 +45,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 
 # Ray asks for a token, and would else write one to the home directory. It remembers the first it sees.
 _TOKEN = secrets.token_hex(32)
+_SET_BY_RAY = ("RAY_AUTH_MODE", "RAY_CLIENT_MODE", "PYTHONBREAKPOINT")
 
 
 def run(
@@ -208,7 +209,8 @@ def _name(trial: Any) -> str:
 @contextmanager
 def _cluster(concurrent: int, cpus: float, gpus: float, grace: float) -> Iterator[Path]:
     """A Ray of our own on this machine's loopback, with room for ``concurrent`` trials; yields its folder."""
-    with processes.scratch_folder() as folder, processes.environment(_variables(concurrent, cpus)):
+    variables = _variables(concurrent, cpus)
+    with processes.scratch_folder() as folder, processes.environment(variables, also=_SET_BY_RAY):
         spared = processes.own_children()
         try:
             ray.init(

@@ -26,9 +26,9 @@ _OWNER = "owner"
 
 
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables, for this block and the processes started in it."""
-    before = {name: os.environ.get(name) for name in variables}
+def environment(variables: Mapping[str, str], also: Collection[str] = ()) -> Iterator[None]:
+    """These environment variables, for this block and the processes started in it; ``also``: to be put back too."""
+    before = {name: os.environ.get(name) for name in (*variables, *also)}
     os.environ.update(variables)
     try:
         yield

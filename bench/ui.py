@@ -163,7 +163,7 @@ def _address(host: str) -> str:
 
 
 def _free_port(host: str, wanted: int, say: Callable[[str], None]) -> int:
-    """``wanted`` if it can be had, else one that the system chooses (said)."""
+    """``wanted`` if it can be had, else one that the system chooses (said); 0 leaves it to the system."""
     for port in (wanted, 0):
         try:
             family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -177,7 +177,7 @@ def _free_port(host: str, wanted: int, say: Callable[[str], None]) -> int:
             if port == 0:
                 raise UserError(f"cannot listen on {host!r}: {error.strerror}; use 127.0.0.1.") from error
             continue
-        if free != wanted:
+        if wanted not in (free, 0):
             say(f"Port {wanted} is taken; using {free}.")
         return free
     raise AssertionError("unreachable: the second try returns or raises")

@@ -1,0 +1,52 @@
+"""What the command line prints of a search."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.search import Options
+from bench.summary import COLUMNS, table_rows
+from bench.terminal import console, table
+from bench.ui import runs_link
+
+
+def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> None:
+    """What a search found, on stdout: counts, the table with its controls, where it lies, the link to its runs."""
+    out = console(sys.stdout)
+    counts = ", ".join(f"{n} {name}" for name, n in summary["trials"].items())
+    title = (
+        f"{summary['study']}: {summary['rule']} on {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
+    )
+    if outcome == "known":
+        out.print(
+            f"{summary['study']} is finished; this is its result. A larger --trials goes on with it.", markup=False
+        )
+    if outcome == "interrupted":
+        out.print("interrupted: the same command goes on from here.", markup=False)
+    out.print(f"trials: {counts}", markup=False)
+    if not summary["confirmed"]:
+        out.print("nothing is confirmed yet: no trial has had its full budget.", markup=False)
+    rows = table_rows(summary)
+    if rows:
+        note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
+        out.print(table(title, COLUMNS, rows, note))
+    best = Path(summary["folder"]) / "best.yaml"
+    if best.exists():
+        out.print(f"best configuration: {best}", markup=False)
+    where = f" --results {options.results}" if str(options.results) != "results" else ""
+    if summary["link"] and options.tracking_uri and options.tracking_uri.startswith("http"):
+        out.print(f"compare the runs: {summary['link']}", markup=False)
+    elif summary["link"]:
+        out.print(f"compare the runs: bench ui{where}, and then {summary['link']}", markup=False)
+
+
+def study_link(mlflow: Mapping[str, Any], options: Options) -> str | None:
+    """The page of this study's runs: on the server that was named, or where `bench ui` will show them."""
+    if mlflow["experiment_id"] is None:  # the store could not be reached; what was not delivered is spooled
+        return None
+    uri = options.tracking_uri or ""
+    base = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    return runs_link(base, mlflow["experiment_id"], mlflow["parent_run_id"])
