@@ -35,7 +35,7 @@ HOPELESS = 20.0
 #: Steps between two looks at the loss within an epoch: each one waits for the device.
 LOOK = 50
 #: Examples in the batch by which the angles are measured.
-ANGLE_EXAMPLES = 128
+ANGLE_EXAMPLES = 64
 
 
 class Diverged(Exception):  # noqa: N818  (an outcome, not an error)
