@@ -68,6 +68,7 @@ class RepeatedError(UserError):
 class _Live:
     task: Task
     started: bool = False
+    losses: int = 0
     history: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
@@ -109,6 +110,7 @@ class Director:
         self._say, self._tick, self._interrupted = say, tick, interrupted
         self.live: dict[str, _Live] = {}
         self.exhausted = False
+        self._again: list[_Live] = []
         self.fault: Exception | None = None
         self._alike, self._place = 0, ""
 
@@ -120,20 +122,28 @@ class Director:
         """Whether the run is to end now; the source is then left in peace."""
         return self.fault is not None or self._interrupted()
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to hand out or to wait for."""
+        return self.exhausted and not self.live and not self._again
+
     @_guarded
     def suggest(self, trial_id: str) -> dict[str, str] | None:
         """Tune's configuration of the next trial: the whole task as one string, which Tune lets be."""
         self.beat()
-        if self.exhausted or len(self.live) >= self._concurrent:
+        live = self._next() if len(self.live) < self._concurrent else None
+        if live is None:
             return None
-        task = self._source.next()
-        if task is None:
-            self.exhausted = True
-        if not isinstance(task, Task):
-            return None
-        self.live[trial_id] = _Live(task)
-        content = {"trial": self._trial, "config": task.config.to_dict(), "options": task.options}
-        return {"task": json.dumps(content)}
+        self.live[trial_id] = live
+        task = live.task
+        return {"task": json.dumps({"trial": self._trial, "config": task.config.to_dict(), "options": task.options})}
+
+    def _next(self) -> _Live | None:
+        if self._again:
+            return self._again.pop(0)
+        task = None if self.exhausted else self._source.next()
+        self.exhausted = task is None
+        return _Live(task) if isinstance(task, Task) else None
 
     @_guarded
     def started(self, trial_id: str) -> None:
@@ -144,9 +154,19 @@ class Director:
             self._source.started(live.task.uid)
 
     @_guarded
-    def lost(self, trial_id: str) -> None:
-        """The worker died, and another one is to begin with the trial again."""
-        self._say(f"{self.live[trial_id].task.uid}: its worker process died; the trial is begun again.")
+    def lost(self, trial_id: str, cause: str) -> None:
+        """The worker process is gone; its trial is begun again by another one, though not for ever."""
+        if trial_id not in self.live:  # over before: the worker was lost in its last moment
+            return
+        live = self.live[trial_id]
+        live.losses += 1
+        if live.losses <= MAX_LOSSES:
+            self._say(f"{live.task.uid}: lost its worker process ({cause}); the trial is begun again.")
+            self._again.append(self.live.pop(trial_id))
+            return
+        reason = f"lost its worker process {live.losses} times ({cause})"
+        self._complete(trial_id, TrialResult(config=live.task.config, status="failed", reason=reason))
+        self._note(reason, reason)
 
     @_guarded
     def reported(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> bool:
@@ -174,17 +194,6 @@ class Director:
                 log.write(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
         self._complete(trial_id, result)
         self._note(message["where"], result.reason)
-
-    @_guarded
-    def gave_up(self, trial_id: str, cause: str | None) -> None:
-        """The worker died once too often or, with a ``cause``, cannot even begin."""
-        if trial_id not in self.live:  # over before: the worker was lost in its last moment
-            return
-        lost = f"its worker process died {MAX_LOSSES + 1} times (killed, or out of memory?)"
-        reason = lost if cause is None else f"its worker cannot run: {cause}"
-        failed = TrialResult(config=self.live[trial_id].task.config, status="failed", reason=reason)
-        self._complete(trial_id, failed)
-        self._note(lost if cause is None else reason, reason)
 
     def _complete(self, trial_id: str, result: TrialResult) -> None:
         self._source.completed(self.live.pop(trial_id).task.uid, result)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from bench import processes
 from bench.config import UserError
-from bench.director import MAX_LOSSES, WAIT, Director, RepeatedError, Source, Task, Wait
+from bench.director import WAIT, Director, RepeatedError, Source, Task, Wait
 from bench.streams import quiet
 from bench.worker import Running
 
@@ -88,13 +88,14 @@ def run(
         with _cluster(concurrent, cpus_per_trial, gpus_per_trial, grace) as folder:
             interrupts.arm()
             if not interrupts.raised:
-                resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial}
+                # One of Ray's CPUs is one trial, however many cores that has: Ray starts a process for each.
+                resources = {"cpu": 1, "gpu": _floor(gpus_per_trial)}
                 _tuner(director, resources, folder / "tune").fit()
     if director.fault is not None:
         raise director.fault
     if interrupts.raised:
         return "interrupted"
-    if director.live or not director.exhausted:
+    if not director.over:
         raise RuntimeError(f"Ray Tune ended the run before its time; see {log}.")
     return "done"
 
@@ -110,6 +111,11 @@ def _check(concurrent: int, cpus: float, gpus: float) -> None:
         raise UserError("Ray runs in this process already; call ray.shutdown() first.")
 
 
+def _floor(share: float) -> float:
+    # Ray counts in ten-thousandths: 7 of 0.1429 GPUs would be one too many.
+    return math.floor(share * 10_000) / 10_000
+
+
 class _Search(Searcher):  # type: ignore[misc]  # Ray has no types
     def __init__(self, director: Director) -> None:
         super().__init__()
@@ -117,7 +123,7 @@ class _Search(Searcher):  # type: ignore[misc]  # Ray has no types
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
         task = self._director.suggest(trial_id)
-        return Searcher.FINISHED if self._director.exhausted or self._director.stopping else task
+        return Searcher.FINISHED if self._director.over or self._director.stopping else task
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if not error and trial_id in self._director.live and result is not None:  # and was not stopped
@@ -149,13 +155,18 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
         self._director.started(trial.trial_id)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
-        self._director.lost(trial.trial_id)
-
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
-        error = trial.get_pickled_error()
-        died = isinstance(error, ray.exceptions.RayActorError)
-        self._director.gave_up(trial.trial_id, None if died else str(error).strip().rpartition("\n")[2])
+        self._director.lost(trial.trial_id, _cause(Path(trial.error_file).read_text(encoding="utf-8")))
+
+
+def _cause(errors: str) -> str:
+    """One line from the file in which Tune collects a trial's errors: of the last one, what it is.
+
+    An exception in a worker comes with its traceback and ends with what it is; Ray's own begin with it.
+    """
+    _, _, last = errors.rpartition("Failure # ")
+    lines = [line.strip() for line in last.splitlines()[1:] if line.strip()] or ["no reason given"]
+    return lines[-1] if "ray::" in lines[0] else lines[0]
 
 
 class _Stop(tune.Stopper):  # type: ignore[misc]
@@ -196,7 +207,8 @@ def _tuner(director: Director, resources: dict[str, float], folder: Path) -> Any
             stop=_Stop(director),
             callbacks=[_Watch(director)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=MAX_LOSSES),
+            # The director begins trials again: Tune does not, if the worker died between two of them.
+            failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
@@ -215,7 +227,7 @@ def _cluster(concurrent: int, cpus: float, gpus: float, grace: float) -> Iterato
         try:
             ray.init(
                 address="local",
-                num_cpus=math.ceil(concurrent * cpus),
+                num_cpus=concurrent,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -237,6 +249,7 @@ def _variables(concurrent: int, cpus: float) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, int(cpus))),
         "RAY_AUTH_TOKEN": _TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # 15 by default: beside anything else that runs, it would stand still
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in options mean the same there as here
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -247,7 +260,7 @@ def _variables(concurrent: int, cpus: float) -> dict[str, str]:
 
 def _check_gpus(concurrent: int, gpus: float) -> None:
     found = ray.cluster_resources().get("GPU", 0)
-    if concurrent * gpus > found:
+    if concurrent * _floor(gpus) > found:
         raise UserError(
             f"{concurrent} trials at a time with {gpus:g} GPU each need {concurrent * gpus:g} GPUs, and Ray finds "
             f"{found:g}; run fewer at a time, share a GPU (0.5 each), or use the CPU."

@@ -64,7 +64,8 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not installed from Python, so it cannot be put back from Python
+                signal.signal(number, handler)
 
     def arm(self) -> None:
         if self._before and not self.raised:

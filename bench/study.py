@@ -33,6 +33,7 @@ from bench.journal import claim, mend
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 Distributions = Mapping[str, BaseDistribution]
+Say = Callable[[str], None]
 
 #: No trial is stopped before this many others have come as far: of two or three, the best says nothing.
 PATIENCE = 4
@@ -45,9 +46,7 @@ MAY_CHANGE = ("trials", "confirm_top", "confirm_seeds")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A way to propose trials, ``make(seed, startup)``, of which ``startup`` are drawn at random before; or a
-    way to stop them, ``make(epochs)``.
-    """
+    """A way to propose trials, ``make(seed, startup)`` (``startup``: how many are random), or to stop them, ``make(epochs)``."""
 
     name: str
     make: Callable[..., Any]
@@ -55,7 +54,15 @@ class Row:
     source: str
 
 
-_SAMPLERS = (
+#: What Optuna 5 does by default, and 4 does not.
+_TPE = {"multivariate": True, "constant_liar": True}
+
+
+def _by_name(*rows: Row) -> dict[str, Row]:
+    return {row.name: row for row in rows}
+
+
+SAMPLERS = _by_name(
     Row(
         name="gp",
         make=lambda seed, startup: GPSampler(seed=seed, n_startup_trials=startup),
@@ -64,9 +71,7 @@ _SAMPLERS = (
     ),
     Row(
         name="tpe",
-        make=lambda seed, startup: TPESampler(
-            seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
-        ),
+        make=lambda seed, startup: TPESampler(seed=seed, n_startup_trials=startup, **_TPE),
         summary="tree-structured Parzen estimator, multivariate",
         source="Optuna's TPESampler; Bergstra et al. 2011, Watanabe 2023, arXiv 2304.11127",
     ),
@@ -84,15 +89,13 @@ _SAMPLERS = (
     ),
 )
 
-SAMPLERS: dict[str, Row] = {row.name: row for row in _SAMPLERS}
-
 
 def first_rung(epochs: int) -> int:
     """The epoch of the first decision: a ninth of the whole, so that there are two rungs, at 1/9 and 1/3."""
     return math.ceil(epochs / REDUCTION**2)
 
 
-_SCHEDULERS = (
+SCHEDULERS = _by_name(
     Row(
         name="asha",
         make=lambda epochs: SuccessiveHalvingPruner(min_resource=first_rung(epochs), reduction_factor=REDUCTION),
@@ -120,8 +123,6 @@ _SCHEDULERS = (
         source="control",
     ),
 )
-
-SCHEDULERS: dict[str, Row] = {row.name: row for row in _SCHEDULERS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,20 +184,12 @@ class Study:
         self._lock = -1
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        config: StudyConfig,
-        distributions: Distributions,
-        *,
-        say: Callable[[str], None],
-        chance: float,
-    ) -> Self:
+    def open(cls, folder: Path, config: StudyConfig, distributions: Distributions, *, say: Say, chance: float) -> Self:
         """Begin a study in ``folder``, or go on with the one there.
 
-        ``distributions``: Optuna's, by parameter; none of them: a single trial says all. ``chance``: the
-        accuracy of guessing, which a diverged trial counts as. A UserError if another process has the
-        study open, if it was begun with other settings, or if its journal is damaged.
+        ``distributions``: Optuna's, by parameter. ``chance``: the accuracy of guessing, which a diverged
+        trial counts as. A UserError if another process has the study open, if it was begun with other
+        settings, or if its journal is damaged.
         """
         check_choices(config)
         lock = claim(folder)
@@ -229,28 +222,28 @@ class Study:
 
     @property
     def budget(self) -> int:
-        """How many trials there are to be."""
+        """How many trials there are to be; where there is nothing to choose, one says all."""
         return self.config.trials if self._distributions else 1
 
     def ask(self) -> Proposal | None:
         """A trial to run: first those that a dead driver left, then new ones; None when all are given out."""
         if self._left:
-            return self._proposal(self._trials()[self._left.pop(0)])
+            left = self._trials()[self._left.pop(0)]
+            return Proposal(uid=self._uid(left.number), number=left.number, params=dict(left.params))
         trials = self._trials()
         number = len(trials)
         if number >= self.budget:
             return None
         params, state = self._propose(trials)
         uid = self._uid(number)
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=params,
-                distributions=self._distributions,
-                user_attrs={"uid": uid},
-                system_attrs=state,
-            )
+        trial = create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=self._distributions,
+            user_attrs={"uid": uid},
+            system_attrs=state,
         )
+        self._study.add_trial(trial)
         return Proposal(uid=uid, number=number, params=params)
 
     def report(self, uid: str, epoch: int, value: float) -> bool:
@@ -322,7 +315,7 @@ class Study:
         number = len(trials)
         seed = random.Random(f"{self.config.seed}:{number}").randrange(2**31)
         copy = optuna.create_study(direction="maximize", sampler=_make_sampler(self.config.sampler, seed, self.budget))
-        copy.add_trials(as_completed(trials))
+        copy.add_trials(as_completed(trials, self._chance))
         params = dict(copy.ask(self._distributions).params)
         state = copy.get_trials(deepcopy=False)[number].system_attrs
         return params, {key: value for key, value in state.items() if key.startswith("cma:")}
@@ -333,54 +326,51 @@ class Study:
         before = self._study.user_attrs.get("settings")
         if before is None:
             self._study.set_user_attr("settings", now)
-        elif changed := [
-            f"{key} was {before[key]}, is now {now.get(key)}" for key in before if now.get(key) != before[key]
-        ]:
-            raise UserError(
-                f"study {self.config.name!r} was begun with other settings ({'; '.join(changed)}); use those to go "
-                "on with it, or another --name."
-            )
+        elif changed := [f"{k} was {v}, is now {now.get(k)}" for k, v in before.items() if now.get(k) != v]:
+            begun = f"study {self.config.name!r} was begun with other settings ({'; '.join(changed)})"
+            raise UserError(f"{begun}; use those to go on with it, or another --name.")
 
     def _trials(self) -> list[FrozenTrial]:
         trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return trials
 
-    def _proposal(self, trial: FrozenTrial) -> Proposal:
-        return Proposal(uid=self._uid(trial.number), number=trial.number, params=dict(trial.params))
-
     def _uid(self, number: int) -> str:
         return f"{self.config.name}-{number:04d}"
 
     def _number(self, uid: str) -> int:
-        return int(uid.rpartition("-")[2])
+        number = int(uid.rpartition("-")[2])
+        assert uid == self._uid(number), f"{uid} is no trial of {self.config.name}"
+        return number
 
     def _trial_id(self, uid: str) -> int:
         trial_id: int = self._storage.get_trial_id_from_study_id_trial_number(self._id, self._number(uid))
         return trial_id
 
 
-def as_completed(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def as_completed(trials: Sequence[FrozenTrial], chance: float) -> list[FrozenTrial]:
     """The trials, with an estimate in place of the result that a stopped one was not allowed to have.
 
     Optuna's GP and CMA-ES look at complete trials only: of a search that stops the hopeless ones they would
-    see nothing but successes, and propose the same failures for ever. The estimate is what the trial had
-    reached by its last epoch e, plus what trials that went on gained after e (the median), but never more
-    than the best of them.
+    see nothing but successes, and propose the same failures for ever. The estimate: what the trial had
+    reached above chance by its last epoch e grows as that of the trials that went on did (the median
+    factor), but not beyond the best of them. Chance remains chance.
     """
     whole = [t for t in trials if t.state == TrialState.COMPLETE and not _diverged(t)]
-    return [_estimated(t, whole) if t.state == TrialState.PRUNED else t for t in trials]
+    return [_estimated(t, whole, chance) if t.state == TrialState.PRUNED else t for t in trials]
 
 
-def _estimated(trial: FrozenTrial, whole: Sequence[FrozenTrial]) -> FrozenTrial:
+def _estimated(trial: FrozenTrial, whole: Sequence[FrozenTrial], chance: float) -> FrozenTrial:
     epoch = trial.last_step
     if epoch is None:
         return trial
-    reached = trial.intermediate_values[epoch]
-    gains = [t.value - t.intermediate_values[epoch] for t in whole if epoch in t.intermediate_values]
-    value = min(reached + statistics.median(gains), max(t.value for t in whole)) if gains else reached
+    then_and_now = [(t.intermediate_values.get(epoch, chance) - chance, t.value - chance) for t in whole]
+    factors = [now / then for then, now in then_and_now if then > 0]
+    above = max(0.0, trial.intermediate_values[epoch] - chance)
+    if factors:
+        above = min(above * statistics.median(factors), max(now for _, now in then_and_now))
     return create_trial(
         state=TrialState.COMPLETE,
-        value=value,
+        value=chance + above,
         params=trial.params,
         distributions=trial.distributions,
         user_attrs=trial.user_attrs,
@@ -397,7 +387,7 @@ def _make_sampler(name: str, seed: int, budget: int) -> BaseSampler:
     with warnings.catch_warnings():
         # Releases of Optuna before 5 call the GP, and multivariate TPE, experimental.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return SAMPLERS[name].make(seed, max(4, min(8, budget // 4)))
+        return SAMPLERS[name].make(seed, max(4, min(10, budget // 4)))
 
 
 def _check_name(storage: JournalStorage, name: str, folder: Path) -> None:

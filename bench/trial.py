@@ -156,7 +156,10 @@ def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "
     )
     for group in groups:
         group["full_lr"] = group["lr"]
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    # fused: one pass over the weights instead of four, which at small batches is a sixth of a step on a CPU
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
+    )
     return Trial(config, data, where, model, optimizer, FeedbackLearner(model, optimizer), conversion, bf16)
 
 

@@ -28,6 +28,9 @@ from bench.stores import alone, check_uri, embedded, shown
 #: Seconds that the server gets to answer (it needs 3 to 7 on a free machine), and to end when it is told to.
 _START, _STOP = 120.0, 5.0
 
+#: What ends the server as Ctrl-C does: `kill`, and a terminal that is closed.
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
+
 #: So many studies, the newest, get a link of their own.
 _LINKS = 5
 
@@ -185,12 +188,12 @@ def _free_port(host: str, wanted: int, say: Callable[[str], None]) -> int:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does."""
+    """Within the block these signals raise KeyboardInterrupt."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGHUP)}
+    before = {name: signal.signal(name, interrupt) for name in _ENDS}
     try:
         yield
     finally:
@@ -217,6 +220,8 @@ def _server(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL, until no process of the group is left; a second Ctrl-C does not cut this short."""
+    deaf = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGINT, *_ENDS)}
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _STOP
         with contextlib.suppress(ProcessLookupError):
@@ -226,6 +231,8 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
                 os.killpg(server.pid, 0)
                 time.sleep(0.05)
     server.wait()
+    for name, handler in deaf.items():
+        signal.signal(name, handler)
 
 
 def _wait(server: subprocess.Popen[bytes], base: str, log: Path) -> None:

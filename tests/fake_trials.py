@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int 
         raise SystemExit(3)
     if act == "nonsense":
         return 42
+    if act == "die later":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     def deadly(epoch: int, metrics: Mapping[str, float]) -> None:
         report(epoch, metrics)
@@ -55,9 +58,10 @@ def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int 
             os.kill(os.getpid(), signal.SIGKILL)
 
     result = train(config, deadly if deaths else report, **options)
-    threads = float(os.environ["OMP_NUM_THREADS"])
-    return dataclasses.replace(
-        result,
-        metrics={**result.metrics, "pid": float(os.getpid()), "threads": threads},
-        provenance={"cwd": str(Path.cwd())},
-    )
+    here = {
+        "pid": os.getpid(),
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "niceness": os.nice(0),
+        "folder": str(Path.cwd()),
+    }
+    return dataclasses.replace(result, provenance=here)

@@ -80,6 +80,10 @@ def direct(tmp_path: Path) -> Callable[..., Director]:
     return made
 
 
+def success() -> dict[str, Any]:
+    return {"result": TrialResult(config=config(), status="finished").to_dict(), "where": "", "traceback": ""}
+
+
 def failure(where: str, reason: str = "ValueError: no") -> dict[str, Any]:
     failed = TrialResult(config=config(), status="failed", reason=reason)
     return {"result": failed.to_dict(), "where": where, "traceback": "Traceback: ..."}
@@ -88,27 +92,47 @@ def failure(where: str, reason: str = "ValueError: no") -> dict[str, Any]:
 def test_director_keeps_to_the_concurrency_and_knows_waiting_from_the_end(direct: Callable[..., Director]) -> None:
     director = direct(Script([task("a"), engine.WAIT, task("b"), task("c")]))
     assert director.suggest("1") is not None
-    assert director.suggest("2") is None
-    assert director.exhausted is False
+    assert director.suggest("2") is None  # the source said WAIT
     assert director.suggest("2") is not None
     assert director.suggest("3") is None
     assert len(director.live) == 2
-    director.gave_up("1", None)
+    director.returned("1", success())
     assert director.suggest("3") is not None
     assert (director.suggest("4"), director.exhausted) == (None, False)  # both places are taken: not even asked
-    director.gave_up("2", "no module")
-    assert (director.suggest("4"), director.exhausted) == (None, True)
+    director.returned("2", success())
+    assert (director.suggest("4"), director.exhausted, director.over) == (None, True, False)
+    director.returned("3", success())
+    assert director.over
+
+
+def test_lost_worker_is_replaced_twice(direct: Callable[..., Director]) -> None:
+    script = Script([task("a")])
+    director = direct(script)
+    first = director.suggest("1")
+    director.started("1")
+    director.reported("1", 1, {"val_acc": 0.1})
+    for attempt in ("1", "2"):
+        director.lost(attempt, "killed")
+        assert not director.over
+        assert director.suggest(str(int(attempt) + 1)) == first
+        director.started(str(int(attempt) + 1))
+    assert script.results == {}
+    director.lost("3", "killed")
+    director.lost("3", "told twice")
+    assert script.events == [("started", "a"), ("reported", "a", "1"), ("completed", "a")]
+    assert script.results["a"].reason == "lost its worker process 3 times (killed)"
+    assert director.suggest("4") is None
+    assert director.over
 
 
 def test_alike_failures_end_the_run_and_others_do_not(direct: Callable[..., Director], tmp_path: Path) -> None:
     script = Script([task(str(i)) for i in range(9)])
     director = direct(script)
-    good = {"result": TrialResult(config=config(), status="finished").to_dict(), "where": "", "traceback": ""}
     places = ["a.py:1", "a.py:1", "", "a.py:1", "b.py:2", "a.py:1", "a.py:1", "a.py:1"]
     for number, place in enumerate(places):
         assert director.fault is None
         director.suggest(str(number))
-        director.returned(str(number), failure(place, f"ValueError: {number}") if place else good)
+        director.returned(str(number), failure(place, f"ValueError: {number}") if place else success())
     assert isinstance(director.fault, engine.RepeatedError)
     assert re.search(rf"{ALIKE_FAILURES} trials in a row failed alike: ValueError: 7", str(director.fault))
     assert director.stopping
@@ -137,7 +161,7 @@ def test_after_an_interruption_nothing_is_completed(direct: Callable[..., Direct
     director = direct(script, interrupted=flag.is_set)
     director.suggest("1")
     flag.set()
-    director.gave_up("1", None)
+    director.returned("1", success())
     assert script.results == {}
 
 
@@ -356,8 +380,10 @@ def test_lost_worker_goes_on_where_it_was(session: tuple[Script, list[str], Path
     script, said, folder, _ = session
     assert script.epochs_of("unlucky") == [1, 2, 3]
     assert script.results["unlucky"].metrics["val_acc"] == script.results["plain"].metrics["val_acc"] == 0.5
-    assert sum(line.startswith("unlucky: its worker process died") for line in said) == 1
-    assert script.results["doomed"].reason == "its worker process died 3 times (killed, or out of memory?)"
+    assert sum(line.startswith("unlucky: lost its worker process") for line in said) == 1
+    assert script.results["doomed"].reason == (
+        "lost its worker process 3 times (The actor died unexpectedly before finishing this task.)"
+    )
     assert len(list((folder / "doomed").glob("died-*"))) == 3
 
 
@@ -374,14 +400,11 @@ def test_stopped_trial_ends_there_with_what_it_reported(session: tuple[Script, l
 
 
 @pytest.mark.slow
-def test_processes_are_used_again_with_threads_and_folder_as_here(
-    session: tuple[Script, list[str], Path, int],
-) -> None:
+def test_processes_are_used_again_and_are_like_this_one(session: tuple[Script, list[str], Path, int]) -> None:
     script, _, folder, _ = session
-    finished = [r for r in script.results.values() if r.status == "finished"]
-    assert len({r.metrics["pid"] for r in finished}) < len(finished)
-    assert {r.metrics["threads"] for r in finished} == {2.0}
-    assert {r.provenance["cwd"] for r in finished} == {str(folder)}
+    workers = [r.provenance for r in script.results.values() if r.status == "finished"]
+    assert len({w["pid"] for w in workers}) < len(workers)
+    assert {(w["threads"], w["niceness"], w["folder"]) for w in workers} == {("2", os.nice(0), str(folder))}
 
 
 class Driver:
@@ -451,11 +474,29 @@ def test_killed_and_interrupted_drivers_lose_and_double_nothing(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_repeated_failure_ends_the_run_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_dies_between_trials_and_trials_that_fail_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pausing(Script):
+        def next(self) -> engine.Task | engine.Wait | None:
+            if not self.tasks[1:] or "late" not in self.results:
+                return super().next()
+            self.pause = getattr(self, "pause", time.monotonic() + 2)  # the idle worker dies meanwhile
+            return super().next() if time.monotonic() > self.pause else engine.WAIT
+
     monkeypatch.syspath_prepend(str(HERE))
-    script = Script([task(str(i), act="raise") for i in range(20)])
+    said: list[str] = []
+    script = Pausing([task("late", act="die later"), task("next"), *(task(str(i), act="raise") for i in range(9))])
     before = processes.own_children()
     with pytest.raises(engine.RepeatedError, match="failed alike: ValueError: no such coefficient in any table"):
-        engine.run(script, trial="fake_trials:act", concurrent=1, cpus_per_trial=1, log=tmp_path / "ray.log", say=print)
-    assert [r.status for r in script.results.values()] == ["failed"] * ALIKE_FAILURES
+        engine.run(
+            script, trial="fake_trials:act", concurrent=1, cpus_per_trial=1, log=tmp_path / "ray.log", say=said.append
+        )
+    assert [(uid, r.status) for uid, r in script.results.items()] == [
+        ("late", "finished"),
+        ("next", "finished"),
+        *((str(i), "failed") for i in range(ALIKE_FAILURES)),
+    ]
+    assert [line.partition(":")[0] for line in said] == ["next"]
+    assert script.epochs_of("next") == [1, 2, 3]
     assert processes.own_children() == before

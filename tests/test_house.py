@@ -54,6 +54,7 @@ FLOORS = {
     "engine": 7,
     "listing": 7,
     "train": 7,
+    "present": 7,
     "ui": 7,
     "doctor": 7,
     "search": 8,

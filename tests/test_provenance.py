@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 from bench.provenance import cpu_model, git_revision, provenance, usable_cores
@@ -81,6 +82,13 @@ def test_keys_and_versions() -> None:
     assert found["versions"]["torch"].startswith("2.")
     assert found["device_name"] == found["cpu"] != ""
     assert json.loads(json.dumps(found)) == found
+
+
+def test_an_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
+    found = provenance("cuda:7")
+    assert (found["device"], found["device_name"]) == ("cuda:7", "a GPU at cuda:7")
+    assert "cuda" in found["versions"]
 
 
 def test_the_caller_gets_a_copy() -> None:

@@ -239,18 +239,17 @@ def test_one_epoch_is_never_stopped(open_study: Open) -> None:
 
 def test_stopped_trials_are_shown_to_the_sampler_with_an_estimate(open_study: Open) -> None:
     with open_study(scheduler="none") as study:
-        for value in (0.9, 0.6, 0.3):  # between epoch 3 and 9 they gain 0.6, 0.4 and 0.2
+        for value in (0.9, 0.6, 0.3):  # at epoch 3 a third of that: 0.2, 0.1 and 0.0 above chance
             finish(study, value)
-        stopped = asked(study).uid
-        study.report(stopped, 3, 0.2)
-        study.tell(stopped, result("stopped"))
-        promising = asked(study).uid
-        study.report(promising, 3, 0.8)
-        study.tell(promising, result("stopped"))
+        for reached in (0.2, 0.8, 0.05):
+            uid = asked(study).uid
+            study.report(uid, 3, reached)
+            study.tell(uid, result("stopped"))
         study.tell(asked(study).uid, result("diverged"))
-        shown = as_completed(study._trials())
-    assert [t.state.name for t in shown] == ["COMPLETE"] * 6
-    assert [t.value for t in shown] == pytest.approx([0.9, 0.6, 0.3, 0.6, 0.9, CHANCE])
+        shown = as_completed(study._trials(), CHANCE)
+    assert [t.state.name for t in shown] == ["COMPLETE"] * 7
+    # What the first two had above chance grew by 4 and by 5, so 0.1 is estimated to become 0.45.
+    assert [t.value for t in shown] == pytest.approx([0.9, 0.6, 0.3, CHANCE + 0.45, 0.9, CHANCE, CHANCE])
 
 
 def test_nan_is_refused(open_study: Open) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import signal
 import socket
@@ -78,7 +79,7 @@ class Fake(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Fake)
 server.answered = False
 print("a fake server", flush=True)
-while not server.answered:
+while not server.answered or sys.argv[2:]:
     server.handle_request()
 server.server_close()
 print("the last word", flush=True)
@@ -156,22 +157,34 @@ def test_a_host_that_is_not_ours_is_one_clear_line(host: str) -> None:
 
 
 STUBBORN = """
-import signal, subprocess, sys, time
+import fcntl, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-                          "print('ready', flush=True); time.sleep(600)"])
+held = open(sys.argv[1])
+fcntl.flock(held, fcntl.LOCK_SH)
+if sys.argv[2] == "parent":
+    subprocess.Popen([sys.executable, "-c", sys.argv[3], sys.argv[1], "child"])
+else:
+    print("ready", flush=True)
 time.sleep(600)
 """
 
 
 def test_no_process_of_the_group_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parent and child ignore SIGTERM, and hold a lock on a file for as long as they live."""
     monkeypatch.setattr(ui, "_STOP", 0.3)
-    log = tmp_path / "log"
-    with ui._server([sys.executable, "-c", STUBBORN], {}, log) as server:
+    log, held = tmp_path / "log", tmp_path / "held"
+    held.write_text("")
+    with (
+        held.open() as file,
+        ui._server([sys.executable, "-c", STUBBORN, str(held), "parent", STUBBORN], {}, log) as it,
+    ):
         while "ready" not in log.read_text():
-            assert server.poll() is None
+            assert it.poll() is None
             time.sleep(0.02)
-    assert alive(server.pid) == []
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with held.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 SERVE = """
@@ -182,6 +195,37 @@ from bench.ui import serve
 serve(Path(sys.argv[1]), port=int(sys.argv[2]), say=lambda line: print(line, flush=True))
 print("ended", flush=True)
 """
+
+
+FAKED = """
+import sys
+from bench import ui
+
+fake = sys.argv.pop()
+ui.ui_command = lambda results, port, **_: ([sys.executable, "-c", fake, str(port), "stay"], {})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_ends_cleanly(store: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", FAKED + SERVE, str(store), "0", FAKE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = read_until_ready(process)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stdout.read() == "ended\n"
+    place = urllib.parse.urlsplit(said[-2].split(": ")[1])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((place.hostname, place.port), timeout=5)
+
+
+def read_until_ready(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout is not None
+    said: list[str] = []
+    while not said or said[-1] not in ("Ctrl-C ends it.\n", ""):
+        said.append(process.stdout.readline())
+    return said
 
 
 @pytest.mark.slow
@@ -196,30 +240,13 @@ def test_the_real_server_answers_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SERVE, str(tmp_path), str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        said: list[str] = []
-        while not said or said[-1] not in ("Ctrl-C ends it.\n", ""):
-            said.append(process.stdout.readline())
+        said = read_until_ready(process)
         assert f"http://127.0.0.1:{port}/#/experiments/" in said[-2]
         assert said[1].startswith("seen: http://127.0.0.1:")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
             assert b"MLflow" in page.read()
-        started = children_of(process.pid)
-        assert [len(alive(pid)) for pid in started] == [2], "the server and its one worker"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert process.stdout.read() == "ended\n"
-    assert [alive(pid) for pid in started] == [[]] * len(started)
-
-
-def processes() -> list[list[str]]:
-    """Parent, group, state and number of every process; without zombies, whose reaping is the system's affair."""
-    listed = subprocess.run(["ps", "-eo", "ppid=,pgid=,stat=,pid="], capture_output=True, text=True, check=True)
-    return [words for words in map(str.split, listed.stdout.splitlines()) if not words[2].startswith("Z")]
-
-
-def alive(group: int) -> list[str]:
-    return [words[3] for words in processes() if words[1] == str(group)]
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(words[3]) for words in processes() if words[0] == str(pid)]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)

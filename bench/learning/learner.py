@@ -92,7 +92,9 @@ class FeedbackLearner:
             distributed.all_reduce(whole, group=self._group)
             parts = torch.split(whole, [t.numel() for t in totals])
             torch._foreach_copy_(totals, [p.view_as(t) for p, t in zip(parts, totals, strict=True)])
-        torch._foreach_mul_(totals, [1.0 / (layer.state.batches * ranks) for layer in seen])
+        shares = [1.0 / (layer.state.batches * ranks) for layer in seen]
+        if any(share != 1.0 for share in shares):  # most steps have one batch: save a pass over all of B
+            torch._foreach_mul_(totals, shares)
         return {id(layer): total for layer, total in zip(seen, totals, strict=True)}
 
 
