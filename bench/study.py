@@ -46,7 +46,7 @@ MAY_CHANGE = ("trials", "confirm_top", "confirm_seeds")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A way to propose trials, ``make(seed, startup)`` (``startup``: how many are random), or to stop them, ``make(epochs)``."""
+    """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``."""
 
     name: str
     make: Callable[..., Any]

@@ -35,7 +35,7 @@ def train(
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
     uid = f"{STUDY}-{digest([config.to_dict(), time.time_ns()])}"
     with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
-        tracker.study(STUDY, config={}, tags={})
+        tracker.study(STUDY, config={}, tags={}, live=None)  # other trainings may be under way
         tracker.start(uid, "train", config, {"bench.rule": config.rule})
 
         def report(epoch: int, metrics: Mapping[str, float]) -> None:

@@ -54,11 +54,11 @@ FLOORS = {
     "engine": 7,
     "listing": 7,
     "train": 7,
-    "present": 7,
     "ui": 7,
     "doctor": 7,
     "search": 8,
-    "cli": 9,
+    "present": 9,
+    "cli": 10,
 }
 GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 

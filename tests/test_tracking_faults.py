@@ -1,0 +1,219 @@
+"""The record in MLflow when something is killed: nothing lost, nothing twice, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import delivery
+from bench.config import UserError
+from bench.mlflow_store import Store
+from bench.rows import row
+from bench.stores import check_uri
+from bench.tracking import Tracker
+from mlflow_book import CONFIG, Book, delivered, epochs, finished, free_port, made, run_whole, study_name
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's own use
+]
+
+
+@pytest.fixture
+def book(tmp_path_factory: pytest.TempPathFactory) -> Book:
+    return made(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest, book: Book) -> str:
+    return study_name(request, book)
+
+
+KILLED_DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from bench.config import TrialConfig
+from bench.stores import embedded
+from bench.tracking import Tracker
+
+results, name = Path(sys.argv[1]), sys.argv[2]
+uri, artifacts = embedded(results)
+tracker = Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool")
+tracker.study(name, config={})
+for uid in ("goes-on", "filed", "lost", "elsewhere"):
+    tracker.start(uid, "search", TrialConfig(rule="mirror", coefficients={"amp": 0.5, "decay": 1e-3}, seed=3))
+    tracker.report(uid, 1, {"val_acc": 0.6, "train_loss": 1.0})
+assert tracker.flush(60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_after_the_driver_was_killed_nothing_stays_running(book: Book, name: str) -> None:
+    command = [sys.executable, "-c", KILLED_DRIVER, str(book.results), name]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert {r.info.status for r in book.children(name).values()} == {"RUNNING"}
+    with book.open() as tracker:
+        tracker.study(name, config={}, live=["elsewhere"])
+        tracker.record("filed", "search", row("filed", name, "search", finished(2)))
+        tracker.start("goes-on", "search", CONFIG)
+        delivered(tracker)
+        statuses = {uid: r.info.status for uid, r in book.children(name).items()}
+        assert statuses == {"goes-on": "RUNNING", "filed": "FINISHED", "lost": "KILLED", "elsewhere": "RUNNING"}
+        tracker.finish("goes-on", finished(2))
+        delivered(tracker)
+    children = book.children(name)
+    for uid in ("goes-on", "filed"):
+        assert book.points(children[uid], "val_acc") == [(1, 0.6), (2, 0.7)]
+    assert book.parent(name).info.status == "FINISHED"
+
+
+def test_an_exception_ends_open_runs(book: Book, name: str) -> None:
+    tracker = book.open()
+    with pytest.raises(KeyboardInterrupt), tracker:  # noqa: PT012 (the block is what is tested)
+        tracker.study(name, config={})
+        tracker.start("a", "search", CONFIG)
+        raise KeyboardInterrupt
+    assert book.children(name)["a"].info.status == "KILLED"
+    assert book.parent(name).info.status == "KILLED"
+
+
+def test_every_operation_may_come_twice(book: Book, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation twice, with nothing remembered in between, and then all of them again."""
+    operations: list[Any] = []
+    once = Store.deliver
+
+    def noted(store: Store, operation: Any) -> None:
+        operations.append(operation)
+        once(store, operation)
+
+    monkeypatch.setattr(Store, "deliver", noted)
+    (tmp_path / "file").write_text("x")
+    with book.open() as tracker:
+        tracker.study(name, config={"trials": 3})
+        tracker.dataset("digits", "0" * 64)
+        run_whole(tracker, "a", finished(2, status="diverged", metrics={"val_acc": 0.1}))
+        run_whole(tracker, "b", finished(2))
+        tracker.record("c", "control", row("c", "other", "control", finished(2)))
+        tracker.start("d", "search", CONFIG)
+        tracker.interrupt()
+        tracker.headline({"val_acc": 0.7})
+        delivered(tracker)  # so that the two have different times, as two starts of a search have
+        tracker.headline({"val_acc": 0.8})
+        tracker.artifacts([tmp_path / "file"])
+        assert tracker.close(timeout=60) == 0
+    before = book.snapshot(name)
+    assert len(before) == 5
+    assert len(operations) == 17
+    twin = f"{name}-twin"
+    for operation in [op for op in operations for _ in range(2)]:
+        tags = {**operation.get("tags", {}), "bench.study": twin, "bench.identity": twin}
+        once(Store(book.uri, book.artifacts, "bench"), {**operation, "study": twin, "identity": twin, "tags": tags})
+    assert [(s, p, m, i) for s, p, _, m, i in book.snapshot(twin)] == [(s, p, m, i) for s, p, _, m, i in before]
+    for operation in operations:
+        once(Store(book.uri, book.artifacts, "bench"), operation)
+    assert book.snapshot(name) == before
+
+
+class Server:
+    """A real MLflow server on one port, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._store = f"sqlite:///{folder}/mlflow.db"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
+        extra = {"MLFLOW_BACKEND_STORE_URI": self._store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--artifacts-destination", str(self._folder / "artifacts")],
+                env={**os.environ, **extra},
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def ready(self) -> None:
+        for _ in range(600):
+            try:
+                check_uri(self.uri)
+            except UserError:
+                time.sleep(0.1)
+            else:
+                return
+        pytest.fail((self._folder / "log").read_text())
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    one = Server(tmp_path)
+    one.start()
+    try:
+        yield one
+    finally:
+        one.kill()
+
+
+def test_a_server_killed_in_the_middle_costs_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "LAST_WAIT", 0.5)
+    said: list[str] = []
+    remote = Book(tmp_path)
+    remote.uri = server.uri
+
+    def begin(study: str) -> Tracker:
+        tracker = Tracker.open(uri=server.uri, artifacts=None, spool=tmp_path / study, say=said.append)
+        tracker.study(study, config={"trials": 1})
+        tracker.start("a", "search", CONFIG)
+        return tracker
+
+    (tmp_path / "best.yaml").write_text("x: 1")
+    server.ready()
+    patient, hasty = begin("patient"), begin("hasty")
+    for n in range(1, 41):
+        for tracker in (patient, hasty):
+            tracker.report("a", n, epochs(n)[-1])
+        if n == 20:
+            delivered(patient)
+            patient.report("a", 20, epochs(20)[-1])
+        if n == 21:
+            server.kill()
+    for tracker in (patient, hasty):
+        tracker.finish("a", finished(40))
+        tracker.artifacts([tmp_path / "best.yaml"])
+    assert hasty.close(timeout=0.5) > 20
+    assert "they are kept in" in said[-1]
+    assert not patient.flush(0.5)
+    server.start()
+    server.ready()
+    with Tracker.open(uri=server.uri, artifacts=None, spool=tmp_path / "hasty", say=said.append) as again:
+        assert again.flush(60)
+    assert not list((tmp_path / "hasty").iterdir())
+    delivered(patient)
+    assert patient.close() == 0
+    for study in ("patient", "hasty"):
+        (child,) = remote.children(study).values()
+        assert child.info.status == remote.parent(study).info.status == "FINISHED"
+        for key in ("val_acc", "train_loss", "epoch"):
+            assert [step for step, _ in remote.points(child, key)] == list(range(1, 41))
+        files = remote.client().list_artifacts(remote.parent(study).info.run_id)
+        assert [file.path for file in files] == ["best.yaml"]
