@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ import bench
 from bench.config import StudyConfig, TrialConfig, UserError, check_range
 
 if TYPE_CHECKING:
-    from bench.search import Campaign, Ready
+    from bench.campaign import Campaign, Ready
 
-#: Exit statuses: bad input or a state that the user must mend, and an interruption (128 + SIGINT).
-BAD_INPUT, INTERRUPTED = 2, 130
+#: Exit statuses: bad input or a state that the user must mend; an interruption (128 + SIGINT); 128 + SIGPIPE.
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,13 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = _parser().parse_args(arguments)
         verb: Callable[[argparse.Namespace], int] = given.verb
-        return verb(given)
+        status = verb(given)
+        sys.stdout.flush()
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # whoever read our output has left; nothing can be said any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return INTERRUPTED
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,16 +153,17 @@ def _add_doctor(verbs: Any) -> None:
 
 
 def _search(given: argparse.Namespace) -> int:
+    from bench.campaign import Options
     from bench.learning.rules import parse_rule
     from bench.models import check_arch
     from bench.recipes import check_recipe, recipe_of
-    from bench.search import Options, check, study_name
+    from bench.search import check, study_name
     from bench.space import load_space
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
     rule = parse_rule(given.rule).name
     changes = check_recipe(parse_settings(given.set))
-    recipe = {**recipe_of(given.dataset), **changes}
+    recipe = {**recipe_of(given.dataset, given.arch), **changes}
     check_arch(given.arch)
     space = load_space(rule, given.arch)
     config = StudyConfig(
@@ -235,11 +242,14 @@ def _train(given: argparse.Namespace) -> int:
 def _train_config(given: argparse.Namespace) -> TrialConfig:
     """Flag over file over the data set's recipe over default."""
     from bench.files import read_yaml
+    from bench.learning.rules import parse_rule
     from bench.recipes import recipe_of
 
     values: dict[str, Any] = read_yaml(given.config) if given.config else {}
     settings = parse_settings(given.set)
-    coefficients = dict(values.pop("coefficients", None) or {})
+    coefficients = values.pop("coefficients", {})
+    if not isinstance(coefficients, dict) or "coefficients" in settings:
+        raise UserError("coefficients are set one by one: --set coefficients.sparse=1e-3, or a mapping in the file.")
     for key in [k for k in settings if k.startswith("coefficients.")]:
         coefficients[key.removeprefix("coefficients.")] = settings.pop(key)
     flags = {
@@ -249,8 +259,9 @@ def _train_config(given: argparse.Namespace) -> TrialConfig:
     if "rule" not in merged:
         raise UserError("bench train needs --rule, or --config with a rule in it.")
     if not given.config:
-        merged = {**recipe_of(merged.get("dataset", "digits")), **merged}
-    return TrialConfig.from_dict({**merged, "coefficients": coefficients})
+        merged = {**recipe_of(merged.get("dataset", "digits"), merged.get("arch", "resnet18")), **merged}
+    config = TrialConfig.from_dict({**merged, "coefficients": coefficients})
+    return config.replace(rule=parse_rule(config.rule).name)
 
 
 def _evaluate(given: argparse.Namespace) -> int:

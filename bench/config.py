@@ -59,7 +59,10 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
     if kind is Any:
         return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{owner}: {name} is too large a number; it must fit a float.") from error
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind in (str, bool) and isinstance(value, kind):
@@ -208,6 +211,21 @@ class TrialConfig(Strict):
         check_range(who, "momentum", self.momentum, 0, 0.9999)
         check_range(who, "label_smoothing", self.label_smoothing, 0, 0.9999)
         check_range(who, "val_fraction", self.val_fraction, 0.001, 0.9)
+        for epoch in self.step_epochs:
+            check_range(who, "step_epochs", epoch, 0)
+        if list(self.step_epochs) != sorted(set(self.step_epochs)):
+            raise UserError(f"configuration: step_epochs {list(self.step_epochs)} must rise; write e.g. [30, 60, 80].")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"configuration: warmup_epochs = {self.warmup_epochs:g} is more than epochs = {self.epochs}; lower it."
+            )
+        if 0 < self.epochs <= self.feedback_warmup_epochs:
+            raise UserError(
+                f"configuration: with feedback_warmup_epochs = {self.feedback_warmup_epochs:g} of {self.epochs} epochs "
+                "W would never learn; lower it."
+            )
+        if self.schedule != "step" and self.step_factor != type(self).step_factor:
+            raise UserError(f"configuration: step_factor has no effect with schedule {self.schedule!r}; remove it.")
         if self.nesterov and self.momentum == 0:
             raise UserError("configuration: nesterov needs momentum > 0; set nesterov=false or momentum=0.9.")
         if self.schedule == "step" and not self.step_epochs:
@@ -269,9 +287,10 @@ class TrialResult(Strict):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        config = values.get("config")
-        if not isinstance(config, Mapping):
+        if not isinstance(values, Mapping) or not isinstance(config := values.get("config"), Mapping):
             raise UserError("TrialResult: config is missing.")
+        if "status" not in values:
+            raise UserError("TrialResult: status is missing.")
         hints = typing.get_type_hints(cls)
         for key in values:
             if key not in cls.field_names():

@@ -202,7 +202,8 @@ class Director:
         self._alike = self._alike + 1 if where == self._place else 1
         self._place = where
         if where and self._alike >= ALIKE_FAILURES:
-            raise RepeatedError(f"{ALIKE_FAILURES} trials in a row failed alike: {reason}. Mend it and run again.")
+            alike = f"{ALIKE_FAILURES} trials in a row failed alike: {reason}"
+            raise RepeatedError(f"{alike}. Mend that and run again; {self._log} has the whole story.")
 
     @_guarded
     def beat(self) -> None:

@@ -91,6 +91,7 @@ def run(
                 # One of Ray's CPUs is one trial, however many cores that has: Ray starts a process for each.
                 resources = {"cpu": 1, "gpu": _floor(gpus_per_trial)}
                 _tuner(director, resources, folder / "tune").fit()
+                _keep_last_words(folder, log)
     if director.fault is not None:
         raise director.fault
     if interrupts.raised:
@@ -180,14 +181,11 @@ class _Stop(tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         self._director.beat()
-        if self._director.stopping:
-            _kill_workers()
-        return self._director.stopping
-
-
-def _kill_workers() -> None:
-    # Asked politely, a worker in the middle of an epoch would keep Tune waiting for up to fifteen seconds.
-    processes.end([p for p in processes.descendants(()) if processes.title(p).startswith("ray::")], grace=0)
+        end = self._director.over or self._director.stopping
+        if end:
+            # Asked politely, one in the middle of an epoch, or still starting, keeps Tune waiting for 5 to 15 s.
+            processes.kill_titled("ray::")
+        return end
 
 
 def _tuner(director: Director, resources: dict[str, float], folder: Path) -> Any:
@@ -240,6 +238,14 @@ def _cluster(concurrent: int, cpus: float, gpus: float, grace: float) -> Iterato
             started = processes.descendants(spared)
             ray.shutdown()
             processes.end(started, grace)
+
+
+def _keep_last_words(folder: Path, log: Path) -> None:
+    """Add the ends of what the workers wrote to stderr to the log: a crash in C++ says its reason there."""
+    with log.open("ab") as kept:
+        for path in sorted(folder.glob("session_2*/logs/worker-*.err")):
+            lines = [line for line in path.read_bytes().splitlines() if not line.startswith(b":")]  # :job_id:01...
+            kept.writelines(line + b"\n" for line in lines[-50:])
 
 
 def _variables(concurrent: int, cpus: float) -> dict[str, str]:

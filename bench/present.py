@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.search import Options
+from bench.campaign import Options
 from bench.summary import COLUMNS, table_rows
 from bench.terminal import console, table
 from bench.ui import runs_link
@@ -28,7 +28,7 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
         out.print("interrupted: the same command goes on from here.", markup=False)
     out.print(f"trials: {counts}", markup=False)
     if not summary["confirmed"]:
-        out.print("nothing is confirmed yet: no trial has had its full budget.", markup=False)
+        out.print(_why_nothing(outcome, summary), markup=False)
     rows = table_rows(summary)
     if rows:
         note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
@@ -41,6 +41,14 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
         out.print(f"compare the runs: {summary['link']}", markup=False)
     elif summary["link"]:
         out.print(f"compare the runs: bench ui{where}, and then {summary['link']}", markup=False)
+
+
+def _why_nothing(outcome: str, summary: Mapping[str, Any]) -> str:
+    if outcome == "interrupted":
+        return "nothing is confirmed yet."
+    if summary["trials"]["finished"]:
+        return "nothing was confirmed: --confirm-seeds is 0."
+    return "nothing could be confirmed: no trial finished. Lower the coefficients' ranges, or the learning rate."
 
 
 def study_link(mlflow: Mapping[str, Any], options: Options) -> str | None:

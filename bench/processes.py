@@ -153,14 +153,18 @@ def descendants(spared: Collection[Any]) -> list[Any]:
     return found
 
 
-def title(process: Any) -> str:
-    """How it calls itself; nothing if it is gone."""
+def kill_titled(start: str) -> None:
+    """Kill those of this process's descendants whose command line starts so, and all that come from them."""
     import psutil
 
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    doomed = []
+    for process in descendants(()):
+        try:
+            if " ".join(process.cmdline()).startswith(start):
+                doomed += [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    end(doomed, grace=0)
 
 
 def end(processes: Collection[Any], grace: float) -> int:

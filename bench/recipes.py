@@ -27,10 +27,11 @@ RECIPE_FIELDS = tuple(name for name in TrialConfig.field_names() if name not in 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """``changes`` to TrialConfig's defaults, and where they come from."""
+    """``changes`` to TrialConfig's defaults, ``archs`` where a network has its own, and where they come from."""
 
     source: str
     changes: dict[str, Any] = field(default_factory=dict)
+    archs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 _DEFAULT = Recipe(
@@ -50,12 +51,14 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe_of(dataset: str) -> dict[str, Any]:
-    """The recipe's fields for a data set, ``imagefolder:PATH`` among them; UserError for an unknown one."""
+def recipe_of(dataset: str, arch: str) -> dict[str, Any]:
+    """The recipe's fields for a data set (``imagefolder:PATH`` too) and a network; UserError for an unknown set."""
+    if not isinstance(dataset, str):
+        raise UserError(f"dataset must be text, not {dataset!r}; see `bench list datasets`.")
     name = dataset.partition(":")[0]
     if name not in RECIPES:
         raise unknown("data set", name, [f"{n}:PATH" if n == "imagefolder" else n for n in RECIPES])
-    return dict(RECIPES[name].changes)
+    return {**RECIPES[name].changes, **RECIPES[name].archs.get(arch, {})}
 
 
 def check_recipe(changes: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,12 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
 
 
 def verdict(difference: Estimate) -> Verdict:
-    """``better`` or ``worse`` only where the whole interval says so."""
+    """``better`` or ``worse`` only where the whole interval says so.
+
+    Equal differences (accuracies are counts, so a few can be) have an interval of no width, which says nothing.
+    """
+    if not difference.sd:
+        return "not distinguishable"
     if difference.low is not None and difference.low > 0:
         return "better"
     if difference.high is not None and difference.high < 0:

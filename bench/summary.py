@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.config import StudyConfig
+from bench.config import StudyConfig, TrialConfig
 from bench.rows import Row
 from bench.statistics import Estimate, estimate, paired_difference, verdict
+
+#: How B is updated, and what is not worth a word in a table.
+UPDATES = {
+    name: getattr(TrialConfig, name) for name in ("feedback_lr_factor", "feedback_every", "feedback_warmup_epochs")
+}
 
 #: The control that every rule is compared with.
 REFERENCE = "backprop"
@@ -34,7 +39,6 @@ def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
         "config": {name: value for name, value in config.items() if name != "seed"},
         "rule": config["rule"],
         "coefficients": config["coefficients"],
-        "feedback_lr_factor": config["feedback_lr_factor"],
         "seeds": [row["config"]["seed"] for row in measured],
         "diverged": sum(row["status"] == "diverged" for row in rows),
         "failed": sum(row["status"] == "failed" for row in rows),
@@ -98,8 +102,8 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     coefficients = [f"{name} {value:.2e}" for name, value in found["coefficients"].items()]
-    if found["feedback_lr_factor"] != 1.0:
-        coefficients.append(f"feedback_lr_factor {found['feedback_lr_factor']:.2g}")
+    updates = {name: found["config"][name] for name in UPDATES if found["config"][name] != UPDATES[name]}
+    coefficients += [f"{name} {value:.2g}" for name, value in updates.items()]
     lost = [f"{found[name]} {name}" for name in ("diverged", "failed") if found[name]]
     versus = found[f"test_acc_versus_{REFERENCE}"]
     return (
@@ -110,7 +114,7 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
         ", ".join([str(len(found["seeds"])), *lost]),
         _spread(found["angle"], 1),
         _spread(found["train_seconds"], 1),
-        "–" if versus is None or found["rule"] == REFERENCE else _difference(versus),
+        "–" if versus is None or found["rule"] == REFERENCE else _difference(versus, len(found["seeds"])),
     )
 
 
@@ -121,9 +125,10 @@ def _spread(value: Mapping[str, Any] | None, scale: float) -> str:
     return f"{value['mean'] * scale:.2f}{sd}"
 
 
-def _difference(value: Mapping[str, Any]) -> str:
+def _difference(value: Mapping[str, Any], n: int) -> str:
     interval = "" if value["low"] is None else f" [{value['low'] * 100:+.2f}, {value['high'] * 100:+.2f}]"
-    return f"{value['mean'] * 100:+.2f}{interval} {value['verdict']}"
+    pairs = "" if value["n"] == n else f" (n {value['n']})"
+    return f"{value['mean'] * 100:+.2f}{interval} {value['verdict']}{pairs}"
 
 
 def _by_seed(rows: Iterable[Row], metric: str) -> dict[int, float]:

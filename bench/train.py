@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.checkpoint import load_weights, read_checkpoint
 from bench.config import TrialConfig, digest
-from bench.evaluators.alignment import error_alignment, weight_alignment
 from bench.rows import RowFile, row
 from bench.stores import embedded
 from bench.tracking import Tracker
-from bench.trial import ANGLE_EXAMPLES, pick_device, prepare, read_checkpoint, run_trial, score
+from bench.trial import alignment, pick_device, prepare, resume, run_trial, score
 
 #: The study under which single runs are filed; they are no part of any search.
 STUDY = "train"
@@ -30,12 +30,16 @@ def train(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train one configuration, a line per epoch; its row, which is also appended to results/train/rows.jsonl."""
-    pick_device(device)
-    prepare(config, data_dir=data_dir, device=device)  # all that can be refused is refused before anything is recorded
+    trial = prepare(config, data_dir=data_dir, device=device)
+    if checkpoint is not None:
+        resume(trial, checkpoint)  # all that can be refused is refused before anything is recorded
+    dataset = trial.data.name, trial.data.digest
+    del trial
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
     uid = f"{STUDY}-{digest([config.to_dict(), time.time_ns()])}"
     with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
         tracker.study(STUDY, config={}, tags={}, live=None)  # other trainings may be under way
+        tracker.dataset(*dataset)
         tracker.start(uid, "train", config, {"bench.rule": config.rule})
 
         def report(epoch: int, metrics: Mapping[str, float]) -> None:
@@ -63,14 +67,15 @@ def train(
 
 
 def evaluate(checkpoint: Path, *, split: Literal["val", "test"], data_dir: str | None, device: str) -> dict[str, Any]:
-    """Accuracy, loss and angles of the network in a checkpoint, on one split of the data set it was trained on."""
-    state = read_checkpoint(str(checkpoint), pick_device(device))
+    """Accuracy and loss of the network in a checkpoint, on one split of its data set; angles, by validation examples.
+
+    The protocol reads test once for a configuration; whoever asks for it here answers for that.
+    """
+    state = read_checkpoint(checkpoint, pick_device(device))
     config = TrialConfig.from_dict(state["config"])
     trial = prepare(config, data_dir=data_dir, device=device)
-    trial.model.load_state_dict(state["model"])
+    load_weights(checkpoint, trial.model, state["model"])
     metrics = score(trial, split)
     if trial.conversion.swapped:
-        pixels, labels = next(trial.data.batches(split, ANGLE_EXAMPLES, device=trial.device))
-        metrics |= weight_alignment(trial.model)
-        metrics |= error_alignment(trial.model, trial.data.normalize(pixels), labels)
+        metrics |= alignment(trial)
     return {"config": config.to_dict(), "epoch": state["epoch"], "split": split, "metrics": metrics}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.config import TrialConfig, TrialResult, UserError
+from bench.checkpoint import load_weights, prepare_checkpoint, read_checkpoint, write_checkpoint
+from bench.config import Status, TrialConfig, TrialResult, UserError, digest
 from bench.datasets import ImageData, load
 from bench.evaluators.accuracy import BATCH, accuracy
 from bench.evaluators.alignment import error_alignment, weight_alignment
@@ -56,6 +54,8 @@ class Trial:
     bf16: bool
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    #: a fixed sample of the validation split, normalised, by which the angles are measured
+    sample: tuple[Tensor, Tensor] | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -84,47 +84,65 @@ def run_trial(
     if threads:
         torch.set_num_threads(threads)
     trial = prepare(config, data_dir=data_dir, device=device)
-    resume(trial, checkpoint)
-    status, reason, metrics = "finished", None, dict[str, float]()
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        resume(trial, path)
+    status: Status = "finished"
+    reason, tested = None, dict[str, float]()
     try:
+        for known in trial.history:  # whoever listens may have missed the last of these
+            _tell(report, known)
         while trial.epoch < config.epochs:
             epoch_started = time.perf_counter()
-            learned = train_epoch(trial)
-            measured = {**learned, **measure(trial), "seconds": time.perf_counter() - epoch_started}
+            learned = {**train_epoch(trial), "seconds": time.perf_counter() - epoch_started}
+            learned |= {**measure(trial), "epoch_seconds": time.perf_counter() - epoch_started}
             trial.epoch += 1
-            trial.history.append({"epoch": float(trial.epoch), **measured})
-            save(trial, checkpoint)
-            if report is not None:
-                report(trial.epoch, measured)
-        if read_test:
-            metrics = score(trial, "test")
+            trial.history.append({"epoch": float(trial.epoch), **learned})
+            if path is not None:
+                save(trial, path)
+            _tell(report, trial.history[-1])
+        tested = score(trial, "test") if read_test else {}
     except Diverged as end:
-        chance = 1.0 / trial.data.classes
         status, reason = "diverged", f"epoch {trial.epoch + 1}: {end}"
-        metrics = {"val_acc": chance, **({"test_acc": chance} if read_test else {})}
-    last = {k: v for k, v in trial.history[-1].items() if k != "epoch"} if trial.history else {}
+    metrics = _at_chance(trial, read_test) if status == "diverged" else {**_last(trial), **tested}
+    metrics |= {"epochs_done": float(trial.epoch), "train_seconds": sum(e["seconds"] for e in trial.history)}
     return TrialResult(
         config=config,
-        status="finished" if status == "finished" else "diverged",
+        status=status,
         reason=reason,
-        metrics={
-            **last,
-            **metrics,
-            "epochs_done": float(trial.epoch),
-            "train_seconds": sum(e["seconds"] for e in trial.history),
-        },
+        metrics=metrics,
         history=trial.history,
-        provenance={
-            **provenance(str(trial.device)),
-            "precision": "bf16" if trial.bf16 else "float32",
-            "threads": torch.get_num_threads(),
-            "dataset_digest": trial.data.digest,
-            "examples": dict(trial.data.sizes),
-            "asymmetric_layers": len(trial.conversion.swapped),
-            "kept_layers": trial.conversion.kept if trial.conversion.swapped else {},
-            "seconds": time.perf_counter() - started,
-        },
+        provenance=_provenance(trial, time.perf_counter() - started),
     )
+
+
+def _tell(report: Report | None, epoch: Mapping[str, float]) -> None:
+    if report is not None:
+        report(int(epoch["epoch"]), {name: value for name, value in epoch.items() if name != "epoch"})
+
+
+def _last(trial: Trial) -> dict[str, float]:
+    return {name: value for name, value in trial.history[-1].items() if name != "epoch"}
+
+
+def _at_chance(trial: Trial, read_test: bool) -> dict[str, float]:
+    """What a diverged run counts as: the accuracy of guessing, and nothing that it had before."""
+    classes = trial.data.classes
+    chance = {"acc": 1.0 / classes, "top5": min(5, classes) / classes}
+    return {f"{split}_{k}": v for split in (("val", "test") if read_test else ("val",)) for k, v in chance.items()}
+
+
+def _provenance(trial: Trial, seconds: float) -> dict[str, Any]:
+    return {
+        **provenance(str(trial.device)),
+        "precision": "bf16" if trial.bf16 else "float32",
+        "threads": torch.get_num_threads(),
+        "dataset_digest": trial.data.digest,
+        "examples": dict(trial.data.sizes),
+        "asymmetric_layers": len(trial.conversion.swapped),
+        "kept_layers": trial.conversion.kept if trial.conversion.swapped else {},
+        "seconds": seconds,
+    }
 
 
 def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "auto") -> Trial:
@@ -190,6 +208,8 @@ def pick_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         picked = torch.device(device)
+        if picked.type not in ("cpu", "cuda"):
+            raise RuntimeError("bench runs on cpu and cuda")
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
@@ -224,7 +244,17 @@ def who_learns(config: TrialConfig, step: int, progress: float) -> tuple[bool, b
 
 
 def train_epoch(trial: Trial) -> dict[str, float]:
-    """One pass over the training split. Diverged if the loss says so; the mean loss and the last rate otherwise."""
+    """One pass over the training split. Diverged if the loss says so; the mean loss and the last rate otherwise.
+
+    Dropout and its like draw from (seed, epoch) alone, as the batches do.
+    """
+    devices = [trial.device] if trial.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(digest([trial.config.seed, trial.epoch]), 16) % 2**63)
+        return _train_epoch(trial)
+
+
+def _train_epoch(trial: Trial) -> dict[str, float]:
     config, model, optimizer = trial.config, trial.model, trial.optimizer
     steps = trial.data.steps("train", config.batch_size)
     model.train()
@@ -291,10 +321,18 @@ def measure(trial: Trial) -> dict[str, float]:
     if not trial.conversion.swapped:
         return {**metrics, "angle": 0.0} if trial.config.measure_alignment else metrics
     if trial.config.measure_alignment:
-        pixels, labels = next(trial.data.batches("val", ANGLE_EXAMPLES, device=trial.device))
-        metrics |= weight_alignment(trial.model)
-        metrics |= error_alignment(trial.model, trial.data.normalize(pixels), labels)
+        metrics |= alignment(trial)
     return {k: v for k, v in metrics.items() if math.isfinite(v)}
+
+
+def alignment(trial: Trial) -> dict[str, float]:
+    """The angles, by a fixed random sample of the validation split."""
+    if trial.sample is None:
+        count = min(ANGLE_EXAMPLES, trial.data.sizes["val"])
+        drawn = trial.data.batches("val", count, device=trial.device, seed=trial.config.split_seed)
+        pixels, labels = next(drawn)
+        trial.sample = trial.data.normalize(pixels), labels
+    return {**error_alignment(trial.model, *trial.sample), **weight_alignment(trial.model)}
 
 
 def score(trial: Trial, split: str) -> dict[str, float]:
@@ -307,45 +345,29 @@ def score(trial: Trial, split: str) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in found.items()}
 
 
-def save(trial: Trial, checkpoint: str | None) -> None:
-    """Write the whole state, at once or not at all: a torn checkpoint cannot exist."""
-    if checkpoint is None:
-        return
-    state = {
-        "config": trial.config.to_dict(),
-        "epoch": trial.epoch,
-        "history": trial.history,
-        "model": trial.model.state_dict(),
-        "optimizer": trial.optimizer.state_dict(),
-    }
-    target = Path(checkpoint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.new")
-    try:
-        torch.save(state, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def save(trial: Trial, path: Path) -> None:
+    """Keep the state after an epoch."""
+    write_checkpoint(
+        path,
+        config=trial.config,
+        epoch=trial.epoch,
+        history=trial.history,
+        model=trial.model,
+        optimizer=trial.optimizer,
+    )
 
 
-def resume(trial: Trial, checkpoint: str | None) -> None:
-    """Go on from the checkpoint, if there is one. Batches depend on (seed, epoch) alone: no other state is needed."""
-    if checkpoint is None or not Path(checkpoint).exists():
+def resume(trial: Trial, path: Path) -> None:
+    """Go on from the checkpoint, if there is one. Everything random depends on (seed, epoch): no other state is needed.
+
+    UserError for a checkpoint of another configuration, a damaged one, and a place that cannot be written.
+    """
+    prepare_checkpoint(path)
+    if not path.exists():
         return
-    state = read_checkpoint(checkpoint, trial.device)
+    state = read_checkpoint(path, trial.device)
     if state["config"] != trial.config.to_dict():
-        raise UserError(f"{checkpoint} belongs to another configuration; remove it, or name another file.")
-    trial.model.load_state_dict(state["model"])
+        raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
+    load_weights(path, trial.model, state["model"])
     trial.optimizer.load_state_dict(state["optimizer"])
     trial.epoch, trial.history = state["epoch"], state["history"]
-
-
-def read_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
-    """A checkpoint's tensors, numbers and strings: nothing in the file is executed. UserError if it is damaged."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it.") from error
-    if missing := {"config", "epoch", "history", "model", "optimizer"} - set(state):
-        raise UserError(f"{path} is not a checkpoint of bench: it has no {', '.join(sorted(missing))}.")
-    return state

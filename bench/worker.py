@@ -28,43 +28,41 @@ class Running:
     def __init__(self, task: str) -> None:
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._waiting = False
-        self._thread = threading.Thread(target=self._work, args=(json.loads(task),), daemon=True)
-        self._thread.start()
+        content = json.loads(task)
+        self._config = TrialConfig.from_dict(content["config"])
+        self._thread = threading.Thread(target=self._work, args=(content["trial"], content["options"]), daemon=True)
 
     def next_message(self) -> dict[str, Any]:
-        """Answers the last report with "go on", and waits for the next message."""
-        self._answer(True)
-        message = self._messages.get()
-        self._waiting = "epoch" in message
-        return message
+        """Begin, or answer the last report with "go on"; then wait for the next message."""
+        if self._thread.ident is None:
+            # Not before it is asked for: Tune sets up a second worker for a trial, and drops it again, when
+            # another one becomes free meanwhile. Both would train it.
+            self._thread.start()
+        else:
+            self._answers.put(True)
+        return self._messages.get()
 
     def stop(self) -> None:
-        """Answers the last report with "stop", and waits for the end of the trial function."""
-        self._answer(False)
-        self._thread.join()
-
-    def _answer(self, go_on: bool) -> None:
-        if self._waiting:
-            self._waiting = False
-            self._answers.put(go_on)
+        """Answer the last report, if it is still open, with "stop", and wait for the end of the trial function."""
+        self._answers.put(False)
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _report(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self._messages.put({"epoch": int(epoch), "metrics": {k: float(v) for k, v in metrics.items()}})
         if not self._answers.get():
             raise _Stopped
 
-    def _work(self, task: dict[str, Any]) -> None:
-        config = TrialConfig.from_dict(task["config"])
+    def _work(self, trial: str, options: dict[str, Any]) -> None:
         try:
-            result = _function(task["trial"])(config, self._report, **task["options"])
+            result = _function(trial)(self._config, self._report, **options)
             if not isinstance(result, TrialResult):
-                raise TypeError(f"{task['trial']} returned {type(result).__name__}, not TrialResult")
+                raise TypeError(f"{trial} returned {type(result).__name__}, not TrialResult")
             self._messages.put({"result": result.to_dict(), "where": "", "traceback": ""})
         except _Stopped:
             return
         except BaseException as error:  # noqa: BLE001  (becomes the result; unsent, step() would wait for ever)
-            self._messages.put(_failure(config, error))
+            self._messages.put(_failure(self._config, error))
 
 
 def _function(name: str) -> Callable[..., Any]:

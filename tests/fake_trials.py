@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,8 +34,6 @@ def train(config: TrialConfig, report: Report, *, seconds: float = 0.0, checkpoi
             path.with_suffix(".new").write_text(str(epoch))
             path.with_suffix(".new").replace(path)
         report(epoch, {"val_acc": accuracy(config, epoch)})
-    if done == config.epochs:
-        report(done, {"val_acc": accuracy(config, done)})
     return TrialResult(config=config, status="finished", metrics={"val_acc": history[-1]["val_acc"]}, history=history)
 
 
@@ -55,6 +54,7 @@ def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int 
         died = len(list(folder.glob("died-*")))
         if died < deaths:
             (folder / f"died-{died}").touch()
+            print("a last word", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
     result = train(config, deadly if deaths else report, **options)

@@ -91,6 +91,7 @@ def test_what_is_left_alone_has_its_reason() -> None:
         "normed": "not exactly Linear",
         "hooked": "hooks",
         "constant": "constant",
+        "attention": "MultiheadAttention has weights that are no Linear or Conv2d",
         "attention.out_proj": "NonDynamicallyQuantizableLinear is not exactly",
     }
     assert set(report.kept) == set(said)

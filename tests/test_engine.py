@@ -193,6 +193,16 @@ def test_worker_stands_still_until_it_is_answered(work: Callable[..., Running], 
     assert checkpoint.read_text() == "2"
 
 
+def test_worker_that_is_dropped_before_its_first_step_trains_nothing(
+    work: Callable[..., Running], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "epochs"
+    running = work(checkpoint=str(checkpoint))
+    time.sleep(0.05)
+    running.stop()
+    assert not checkpoint.exists()
+
+
 @pytest.mark.parametrize(
     ("act", "reason", "where"),
     [
@@ -385,6 +395,7 @@ def test_lost_worker_goes_on_where_it_was(session: tuple[Script, list[str], Path
         "lost its worker process 3 times (The actor died unexpectedly before finishing this task.)"
     )
     assert len(list((folder / "doomed").glob("died-*"))) == 3
+    assert (folder / "ray.log").read_text().count("a last word") == 4
 
 
 @pytest.mark.slow

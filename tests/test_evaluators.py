@@ -48,6 +48,13 @@ def test_answers_that_are_not_numbers_are_wrong() -> None:
     assert math.isnan(found["loss"])
 
 
+def test_of_equal_answers_the_first_counts() -> None:
+    logits = torch.zeros(8, 8)
+    found = accuracy(Fixed(), [(logits, torch.arange(8))], lambda x: x)
+    assert found["acc"] == 1 / 8
+    assert found["top5"] == 5 / 8
+
+
 def test_no_examples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no examples"):
         accuracy(Fixed(), [], lambda x: x)
@@ -74,7 +81,8 @@ def test_weight_alignment_per_layer_and_its_mean_without_the_first() -> None:
     layers["0"].feedback.data = -layers["0"].weight.data
     layers["3"].feedback.data = 2 * layers["3"].weight.data
     found = weight_alignment(model)
-    assert set(found) == {"angle", "angle/3", "angle/5", "norm_ratio/3", "norm_ratio/5"}
+    assert set(found) == {"angle", *(f"{what}/{name}" for what in ("angle", "norm_ratio") for name in "035")}
+    assert found["angle/0"] == pytest.approx(180, abs=1e-6)
     assert found["angle/3"] == pytest.approx(0, abs=1e-6)
     assert found["norm_ratio/3"] == pytest.approx(2)
     assert found["norm_ratio/5"] == pytest.approx(1)

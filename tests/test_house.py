@@ -56,15 +56,17 @@ FLOORS = {
     "train": 7,
     "ui": 7,
     "doctor": 7,
-    "search": 8,
+    "campaign": 8,
+    "search": 9,
     "present": 9,
+    "checkpoint": 1,
     "cli": 10,
 }
 GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 
 #: Whoever else wants one of these asks its owner.
 OWNERS: dict[str, tuple[str, ...]] = {
-    "torch": ("learning", "models", "datasets", "evaluators", "trial", "provenance", "doctor", "search"),
+    "torch": ("learning", "models", "datasets", "evaluators", "checkpoint", "trial", "provenance", "doctor", "search"),
     "numpy": ("datasets",),
     "ray": ("engine",),
     "optuna": ("study", "space"),

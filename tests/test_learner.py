@@ -320,6 +320,46 @@ def test_two_ranks_train_as_one_process_does(rule: str, tmp_path: Path) -> None:
             torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-9, atol=1e-12)
 
 
+class Branches(nn.Module):
+    """Rank 0 uses the layers a and c, rank 1 a and b: the unused of a rank has no gradient there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4).double() for _ in range(4))
+
+    def forward(self, x: Tensor, rank: int) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return self.d(torch.tanh(self.c(h) if rank == 0 else self.b(h)))
+
+
+def _uneven_rank(rank: int, rendezvous: str, out: str, rule: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model = Branches()
+    convert(model, rule, dict.fromkeys(parse_rule(rule).primitives, 0.2), seed=3)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1, weight_decay=0.0), lr=0.1)
+    FeedbackLearner(wrapped, optimizer)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    z = model.c(torch.tanh(model.a(x))).detach()
+    before = model.b.feedback.clone()
+    wrapped(x, rank).square().mean().backward()
+    optimizer.step()
+    torch.save({"state": model.state_dict(), "z": z, "db": model.b.feedback - before}, f"{out}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["amp", "symmetric"])
+def test_ranks_that_use_different_layers_still_agree_on_B(rule: str, tmp_path: Path) -> None:
+    multiprocessing.spawn(_uneven_rank, (str(tmp_path / "meet"), str(tmp_path), rule), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+    assert first["db"].abs().max() > 0  # the layer that only rank 1 used has learned on both
+
+
 def test_an_unwrapped_model_among_several_processes_is_refused(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
@@ -327,6 +367,107 @@ def test_an_unwrapped_model_among_several_processes_is_refused(tmp_path: Path) -
             learner_of(network())
     finally:
         distributed.destroy_process_group()
+
+
+def test_step_with_a_closure_is_refused() -> None:
+    model = network()
+    optimizer, _ = learner_of(model)
+    with pytest.raises(RuntimeError, match="closure"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_a_second_learner_takes_over_from_the_first() -> None:
+    expected = one_step(network())
+    model = network()
+    optimizer, _ = learner_of(model)
+    FeedbackLearner(model, optimizer)
+    loss_of(model, *data()).backward()
+    optimizer.step()
+    same(feedback_grads(model), expected)
+
+
+def test_a_pass_for_the_input_alone_is_no_training() -> None:
+    expected = one_step(network())
+    model = network()
+    optimizer, _ = learner_of(model)
+    x, labels = data()
+    loss_of(model, x, labels).backward()
+    attacked = (100 * x).requires_grad_()
+    torch.autograd.grad(loss_of(model, attacked, labels), attacked)
+    optimizer.step()
+    same(feedback_grads(model), expected)
+
+
+def test_training_by_autograd_grad_is_refused() -> None:
+    model = network()
+    optimizer, _ = learner_of(model)
+    x, labels = data()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for p, grad in zip(weights, torch.autograd.grad(loss_of(model, x, labels), weights), strict=True):
+        p.grad = grad
+    with pytest.raises(RuntimeError, match=r"loss\.backward"):
+        optimizer.step()
+
+
+def test_with_W_frozen_B_still_learns_the_mean() -> None:
+    expected = one_step(network())
+    model = network()
+    for layer in list(asymmetric_layers(model).values())[1:]:
+        layer.weight.requires_grad_(False)
+    optimizer, _ = learner_of(model)
+    x, labels = data()
+    for i in range(0, 8, 4):
+        (loss_of(model, x[i : i + 4], labels[i : i + 4]) / 2).backward()
+    optimizer.step()
+    same(feedback_grads(model), expected)
+
+
+def test_what_was_collected_can_be_forgotten() -> None:
+    model = network()
+    optimizer, learner = learner_of(model)
+    loss_of(model, *data()).backward()
+    learner.discard()
+    optimizer.step()
+    assert feedback_grads(model) == [None] * 3
+
+
+def test_a_copy_of_the_network_has_no_learner() -> None:
+    model = network()
+    learner_of(model)
+    with pytest.raises(RuntimeError, match="FeedbackLearner"):
+        loss_of(copy.deepcopy(model), *data()).backward()
+
+
+def test_float16_is_refused_where_it_cannot_hold_the_gradient() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    convert(model, "amp", {"amp": 1.0})
+    learner_of(model)
+    with torch.autocast("cpu", torch.float16):
+        out = model(torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        out.float().sum().backward()
+
+
+def test_optimizers_that_would_break_a_rule_are_refused() -> None:
+    model = network("kolen-pollack")
+    with pytest.raises(UserError, match="needs SGD"):
+        FeedbackLearner(model, torch.optim.Adam(parameter_groups(model, lr=0.1, weight_decay=0.0), lr=0.1))
+    with pytest.raises(UserError, match="maximizes"):
+        learner_of(network(), maximize=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_fused_optimizer_reads_B_in_its_own_layout(fused: bool) -> None:
+    """Activations in channels_last give kernel gradients in that layout, whatever the weights have."""
+    model = network("mirror", torch.float32)
+    before = [m.feedback.clone() for m in asymmetric_layers(model).values()]
+    optimizer, _ = learner_of(model, lr=0.1, fused=fused)
+    x, labels = data(dtype=torch.float32)
+    loss_of(model, x.contiguous(memory_format=torch.channels_last), labels).backward()
+    optimizer.step()
+    for was, layer in zip(before[1:], list(asymmetric_layers(model).values())[1:], strict=True):
+        torch.testing.assert_close(layer.feedback.detach(), was - 0.1 * layer.feedback.grad)
+        assert layer.feedback.grad.stride() == layer.feedback.stride()
 
 
 def test_what_is_kept_for_the_backward_pass_is_what_a_plain_layer_keeps() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from bench.campaign import confirm_seeds
 from bench.config import StudyConfig
-from bench.search import confirm_seeds, share_out, study_name
+from bench.search import share_out, study_name
 
 QUICK = [
     *("--arch", "lenet", "--epochs", "2", "--confirm-seeds", "2", "--concurrent", "2", "--scheduler", "none"),

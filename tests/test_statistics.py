@@ -49,5 +49,9 @@ def test_a_verdict_needs_the_whole_interval(low: float, high: float, said: str) 
     assert verdict(Estimate(mean=(low + high) / 2, sd=0.1, n=3, low=low, high=high)) == said
 
 
+def test_differences_that_happen_to_be_equal_decide_nothing() -> None:
+    assert verdict(estimate([1 / 256] * 3)) == "not distinguishable"
+
+
 def test_one_seed_decides_nothing() -> None:
     assert verdict(Estimate(mean=0.9, sd=None, n=1, low=None, high=None)) == "not distinguishable"

@@ -27,7 +27,9 @@ def accuracy(
     with torch.inference_mode():
         for pixels, labels in batches:
             logits = model(normalize(pixels)).float()
-            ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+            right, index = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1], device=logits.device)
+            # of equal logits the first wins, as in argmax: ties, which bfloat16 makes often, are not all right
+            ranks = ((logits > right) | ((logits == right) & (index < labels[:, None]))).sum(1)
             # NaN compares false with everything, which would make every answer right
             ranks = torch.where(logits.isfinite().all(1), ranks, logits.shape[1])
             loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -25,14 +25,16 @@ def angle(left: Tensor, right: Tensor) -> float:
 def weight_alignment(model: nn.Module) -> dict[str, float]:
     """Per layer ``angle/NAME`` between W and B (degrees) and ``norm_ratio/NAME`` = ‖B‖/‖W‖; ``angle``, their mean.
 
-    The mean leaves out the first layer, whose B has no effect on anything.
+    The mean leaves out the layers that send no error down, the first of the network, whose B has no effect.
     """
     result: dict[str, float] = {}
-    for name, layer in _effective_layers(model).items():
+    layers = asymmetric_layers(model)
+    for name, layer in layers.items():
         W, B = layer.weight, layer.feedback_weight()
         result[f"angle/{name}"] = angle(W, B)
         result[f"norm_ratio/{name}"] = (B.norm() / W.norm()).item()
-    return _with_mean(result, "angle")
+    sending = [name for i, (name, layer) in enumerate(layers.items()) if _sends(layer, first=i == 0)]
+    return {**_mean("angle", [result[f"angle/{name}"] for name in sending]), **result}
 
 
 def error_alignment(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -40,7 +42,8 @@ def error_alignment(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[st
 
     Both come from the same forward pass, in evaluation mode, under cross-entropy: one backward pass through
     B, one through Wᵀ. Only what the layer itself sends counts, not what goes past it in a skip connection.
-    The first layer, which sends nothing, is left out. The model is unchanged afterwards.
+    Layers that send nothing (the first) or have no part in the loss are left out; of a layer that is used
+    several times, the last use counts. The model is unchanged afterwards.
     """
     sent: dict[str, Tensor] = {}
 
@@ -60,22 +63,24 @@ def error_alignment(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[st
     try:
         with torch.enable_grad():
             loss = F.cross_entropy(model(inputs), labels)
-            through_b = torch.autograd.grad(loss, list(sent.values()), retain_graph=True) if sent else ()
+            inputs_of = list(sent.values())
+            through_b = torch.autograd.grad(loss, inputs_of, retain_graph=True, allow_unused=True) if sent else ()
             with exact_gradients(model):
-                true = torch.autograd.grad(loss, list(sent.values())) if sent else ()
+                true = torch.autograd.grad(loss, inputs_of, allow_unused=True) if sent else ()
     finally:
         for hook in hooks:
             hook.remove()
         model.train(training)
-    result = {f"dx_angle/{name}": angle(a, b) for name, a, b in zip(sent, through_b, true, strict=True)}
-    return _with_mean(result, "dx_angle")
+    pairs = {name: (a, b) for name, a, b in zip(sent, through_b, true, strict=True) if a is not None is not b}
+    result = {f"dx_angle/{name}": angle(a, b) for name, (a, b) in pairs.items()}
+    return {**_mean("dx_angle", list(result.values())), **result}
 
 
-def _effective_layers(model: nn.Module) -> dict[str, AsymmetricLayer]:
-    """All asymmetric layers but the first, which has nothing below it to send an error to."""
-    return dict(list(asymmetric_layers(model).items())[1:])
+def _sends(layer: AsymmetricLayer, *, first: bool) -> bool:
+    """Whether the layer sends an error down; as long as no backward pass has told, all but the first do."""
+    return not first if layer.state.sends is None else layer.state.sends
 
 
-def _with_mean(result: dict[str, float], name: str) -> dict[str, float]:
-    values = [v for key, v in result.items() if key.startswith(f"{name}/") and math.isfinite(v)]
-    return {name: sum(values) / len(values), **result} if values else result
+def _mean(name: str, values: list[float]) -> dict[str, float]:
+    finite = [v for v in values if math.isfinite(v)]
+    return {name: sum(finite) / len(finite)} if finite else {}

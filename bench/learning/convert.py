@@ -63,14 +63,23 @@ def convert(
                 made[child] = asymmetric_from(child, rule, coefficients, generator)
             setattr(parent, child_name, made[child])
             report.swapped.append(name)
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{kept}.") for kept in report.kept)
+        if not inside and not isinstance(module, (AsymmetricLayer, *_CANDIDATES)) and _has_weights(module):
+            report.kept[name] = f"{type(module).__name__} has weights that are no Linear or Conv2d"
     if not report.swapped:
         reasons = "; ".join(f"{name}: {why}" for name, why in report.kept.items()) or "it has no Conv2d and no Linear"
         raise UserError(f"nothing in this network could be made asymmetric ({reasons}).")
     return report
 
 
+def _has_weights(module: nn.Module) -> bool:
+    """Whether the module itself holds a weight matrix: an attention's in_proj_weight, an LSTM's, an Embedding's."""
+    return any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
 def _keep_all(model: nn.Module, report: Conversion) -> None:
-    """``backprop`` and ``frozen``: plain layers, whose B is W."""
+    """``backprop`` and ``frozen``: plain layers, whose B is W. (The running statistics of norms go on moving.)"""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _CANDIDATES)}
     report.kept.update(dict.fromkeys(layers, f"rule {report.rule.name!r}: B is W"))
     if report.rule.trains == "last":

@@ -10,7 +10,7 @@ accumulates the loss's gradients would distort it, but on the layer, as a sum an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -25,18 +25,25 @@ from bench.learning.rules import Rule
 
 
 class Switch:
-    """Whether layers collect B's gradient now. Owned by a `FeedbackLearner`, shared by its layers."""
+    """Whether layers collect B's gradient now. Owned by a `FeedbackLearner`, shared by its layers.
 
-    def __init__(self) -> None:
+    ``release`` undoes that learner's hooks, when another one takes its layers over.
+    """
+
+    def __init__(self, release: Callable[[], None]) -> None:
         self.on = True
+        self.release = release
 
 
 class FeedbackState:
     """What an asymmetric layer has beside a plain one, apart from its parameters.
 
-    ``total`` and ``batches``: the sum of B's activity gradients since the last step, over how many backward
-    passes (``last_pass`` names the newest). ``stepped``: nothing came since the last step. ``exact``: send
-    the true gradient. ``switch``: None until a learner takes the layer.
+    ``total`` and ``batches``: the sum of B's activity gradients since the last step, over how many backward passes.
+    A pass counts once W has received its gradient from it (`commit`): one that asks for something else (an attack,
+    a saliency map) is no training. Until then what it brought is ``fresh``; ``begun`` says that it has come by,
+    ``first`` that it found no gradient in W, ``last_pass`` which one it was. ``stepped``: none came since the last
+    step. ``sends``: whether anybody needed dx, as far as is known. ``exact``: send the true gradient. ``switch``:
+    None until a learner takes the layer, and in a copy of the network.
     """
 
     def __init__(self, rule: Rule, coefficients: Mapping[str, float]) -> None:
@@ -44,13 +51,38 @@ class FeedbackState:
         self.coefficients = check_coefficients(rule, coefficients)
         self.exact = False
         self.switch: Switch | None = None
+        self.sends: bool | None = None
         self.stepped = False
         self.last_pass = -1
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all that was collected."""
         self.total: Tensor | None = None
         self.batches = 0
+        self.drop_fresh()
 
-    def discard(self) -> None:
-        self.total, self.batches = None, 0
+    def drop_fresh(self) -> None:
+        self.fresh: Tensor | None = None
+        self.begun = self.first = False
+
+    def add(self, grad: Tensor) -> None:
+        """The uses of a layer in one pass add up, as they do in dW."""
+        self.fresh = grad if self.fresh is None else self.fresh.add_(grad)
+
+    def commit(self) -> None:
+        """Count the pass. If it found no gradient in W, zero_grad came before: what a skipped step left is void."""
+        if self.begun:
+            if self.first:
+                self.total, self.batches = None, 0
+            self.batches += 1
+            self.stepped = False
+        if self.fresh is not None:
+            self.total = self.fresh if self.total is None else self.total.add_(self.fresh)
+        self.drop_fresh()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeedbackState:
+        return FeedbackState(self.rule, self.coefficients)  # a copy's B is in no optimizer
 
 
 def check_coefficients(rule: Rule, coefficients: Mapping[str, float]) -> dict[str, float]:
@@ -99,6 +131,8 @@ class _Asymmetric(torch.autograd.Function):
         else:
             K = B
         dx, dW, db = maps.backward(x, delta, K, (wants_dx, wants_dW, wants_db))
+        if layer.training:
+            state.sends = wants_dx
         # the first layer sends nothing down, so its B has no effect and is not worth any work
         if wants_dx and layer.training and state.rule.learns and not state.exact:
             _collect(ctx, x, W, K, bias)
@@ -114,34 +148,37 @@ def _collect(ctx: Any, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> 
             "the feedback weights of this network learn, but no optimizer moves them: make "
             "FeedbackLearner(model, optimizer) before training, or call model.eval()."
         )
-    if not state.switch.on:
+    if not state.switch.on or not len(x):
         return
-    _count(layer)
-    if not sees_batch(state.coefficients):
-        return
-    z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
-    grad = activity_gradient(layer.maps, state.coefficients, x, z, B)
-    if state.total is None:
-        state.total = grad.to(layer.weight.dtype)
-    else:
-        state.total.add_(grad)
+    _begin(layer)
+    if sees_batch(state.coefficients):
+        if x.dtype == torch.float16:
+            raise RuntimeError(
+                "float16 cannot hold the gradient of B: sums overflow and small coefficients vanish, and no loss scale "
+                "reaches it. Use bfloat16."
+            )
+        z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
+        grad = activity_gradient(layer.maps, state.coefficients, x, z, B)
+        # in B's own layout: a fused optimizer reads memory as it lies
+        same = grad.dtype == W.dtype and grad.stride() == W.stride()
+        state.add(grad if same else torch.empty_like(W).copy_(grad))
+    if not W.requires_grad:  # nothing will come to W that could commit it
+        state.commit()
 
 
-def _count(layer: AsymmetricLayer) -> None:
-    """Count this backward pass, once, however often the layer was used in it."""
+def _begin(layer: AsymmetricLayer) -> None:
+    """The layer's first use in a backward pass: note how it found W."""
     state, this_pass = layer.state, torch._C._current_graph_task_id()
     if this_pass == state.last_pass:
         return
-    if layer.weight.requires_grad:
-        if layer.weight.grad is None:  # the first since zero_grad: drop the sum that a skipped step left behind
-            state.discard()
-        elif state.stepped:
-            raise RuntimeError(
-                "the gradients of the last step are still there: call optimizer.zero_grad(set_to_none=True) after "
-                "each step, or the mean of B's gradient over the accumulated batches is not defined."
-            )
-    state.last_pass, state.stepped = this_pass, False
-    state.batches += 1
+    state.drop_fresh()
+    if state.stepped and layer.weight.grad is not None:
+        raise RuntimeError(
+            "the gradients of the last step are still there: call optimizer.zero_grad(set_to_none=True) after each "
+            "step, or the mean of B's gradient over the accumulated batches is not defined."
+        )
+    state.last_pass, state.begun = this_pass, True
+    state.first = layer.weight.requires_grad and layer.weight.grad is None
 
 
 def _reuse_z(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from bench.config import UserError
 from bench.learning.layers import AsymmetricLayer, Switch, asymmetric_layers
+from bench.learning.primitives import sees_batch
 
 
 class FeedbackLearner:
@@ -23,19 +25,30 @@ class FeedbackLearner:
     The feedback weights must be in the optimizer, in groups without weight decay (a rule's own decay is its
     ``decay``); UserError otherwise. Under DistributedDataParallel give the wrapped model: the mean is then
     also taken over the ranks. RuntimeError at the step where a GradScaler would divide B's gradient too (a
-    fused optimizer that unscales by itself): call ``scaler.unscale_(optimizer)`` first.
+    fused optimizer that unscales by itself): call ``scaler.unscale_(optimizer)`` first; and at
+    ``step(closure)``. A second learner takes over from the first. A layer that is used several times in one
+    pass adds its uses up, as dW does (under reentrant checkpointing they count as passes of their own).
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._switch = Switch()
         self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._layers = [m for m in asymmetric_layers(model).values() if m.state.rule.learns]
         _check_optimizer(self._layers, optimizer)
         if self._group is None and distributed.is_available() and distributed.is_initialized():
             raise UserError("several processes train together: give FeedbackLearner the DDP-wrapped model.")
+        for switch in {id(s): s for layer in self._layers if (s := layer.state.switch) is not None}.values():
+            switch.release()  # two learners would undo each other's work
+        hooks = [optimizer.register_step_pre_hook(self._deliver)]
+        hooks += [_commit_with(layer) for layer in self._layers if layer.weight.requires_grad]
+
+        def release() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        self._switch = Switch(release)
         for layer in self._layers:
             layer.state.switch = self._switch
-        self._hook = optimizer.register_step_pre_hook(self._deliver)
+            layer.state.forget()
 
     @property
     def on(self) -> bool:
@@ -46,21 +59,36 @@ class FeedbackLearner:
     def on(self, value: bool) -> None:
         self._switch.on = value
 
-    def _deliver(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002  (torch's signature)
+    def discard(self) -> None:
+        """Forget what was collected since the last step, as zero_grad does for the loss's gradients."""
+        for layer in self._layers:
+            layer.state.forget()
+
+    def _deliver(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(callable(a) for a in args[1:]) or kwargs.get("closure") is not None:
+            raise RuntimeError("step(closure) runs the backward pass after B's gradient is due: call it before step().")
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "this optimizer divides all gradients by the loss scale, B's too, which never had it: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer)."
             )
+        states = [layer.state for layer in self._layers]
+        if any(s.begun for s in states) and not any(s.batches for s in states):
+            raise RuntimeError(
+                "B's gradient came with autograd.grad, which does not say what is training: use loss.backward()."
+            )
         for layer in self._layers:
+            layer.state.drop_fresh()
             if layer.feedback is not None:
                 layer.feedback.grad = None
-        active = [layer for layer in self._layers if layer.state.batches]
-        if active:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self._group is not None:
+                self._add_up_ranks(self._group)
+            active = [layer for layer in self._layers if layer.state.batches]
+            if active:
                 self._set_gradients(active)
         for layer in active:
-            layer.state.discard()
+            layer.state.forget()
             layer.state.stepped = True
 
     def _set_gradients(self, active: list[AsymmetricLayer]) -> None:
@@ -81,21 +109,47 @@ class FeedbackLearner:
             B.grad = grad
 
     def _activity_means(self, active: list[AsymmetricLayer]) -> dict[int, Tensor]:
-        """The mean over batches, and over ranks, of what each layer collected; by the layer's id."""
-        seen = [layer for layer in active if layer.state.total is not None]
-        totals = [layer.state.total for layer in seen if layer.state.total is not None]
-        if not totals:
-            return {}
-        ranks = distributed.get_world_size(self._group) if self._group is not None else 1
-        if ranks > 1:
-            whole = torch.cat([t.reshape(-1) for t in totals])
-            distributed.all_reduce(whole, group=self._group)
-            parts = torch.split(whole, [t.numel() for t in totals])
-            torch._foreach_copy_(totals, [p.view_as(t) for p, t in zip(parts, totals, strict=True)])
-        shares = [1.0 / (layer.state.batches * ranks) for layer in seen]
+        """The mean of what each layer collected; by the layer's id."""
+        found = {id(layer): total for layer in active if (total := layer.state.total) is not None}
+        shares = [1.0 / layer.state.batches for layer in active if layer.state.total is not None]
         if any(share != 1.0 for share in shares):  # most steps have one batch: save a pass over all of B
-            torch._foreach_mul_(totals, shares)
-        return {id(layer): total for layer, total in zip(seen, totals, strict=True)}
+            torch._foreach_mul_(list(found.values()), shares)
+        return found
+
+    def _add_up_ranks(self, group: distributed.ProcessGroup) -> None:
+        """Sums and counts over all ranks, so that each then has the same mean.
+
+        Over every layer in one order, whatever a rank has used of the network: ranks must agree on the sizes.
+        """
+        states = [layer.state for layer in self._layers]
+        if not states:
+            return
+        device, dtype = self._layers[0].weight.device, self._layers[0].weight.dtype
+        counts = torch.tensor([float(s.batches) for s in states], device=device, dtype=dtype)
+        parts = [counts]
+        if sees_batch(states[0].coefficients):
+            for layer in self._layers:
+                total = layer.state.total
+                layer.state.total = torch.zeros_like(layer.weight) if total is None else total
+                parts.append(layer.state.total.reshape(-1))
+        whole = torch.cat(parts)
+        distributed.all_reduce(whole, group=group)
+        sums = torch.split(whole, [part.numel() for part in parts])
+        for state, count in zip(states, sums[0].tolist(), strict=True):
+            state.batches = round(count)
+        for state, summed in zip(states, sums[1:], strict=False):
+            assert state.total is not None
+            state.total.copy_(summed.view(state.total.shape))
+            if not state.batches:
+                state.forget()
+
+
+def _commit_with(layer: AsymmetricLayer) -> RemovableHandle:
+    """Let what a backward pass brought for B count when W receives its gradient from that pass."""
+    handle: RemovableHandle = layer.weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        lambda _: layer.state.commit()
+    )
+    return handle
 
 
 def _check_optimizer(layers: list[AsymmetricLayer], optimizer: torch.optim.Optimizer) -> None:
@@ -111,6 +165,13 @@ def _check_optimizer(layers: list[AsymmetricLayer], optimizer: torch.optim.Optim
             raise UserError(
                 "the feedback weights have a weight decay in the optimizer; B's decay is the rule's coefficient "
                 "'decay'. Give them a group with weight_decay=0, as parameter_groups() does."
+            )
+        if group.get("maximize"):
+            raise UserError("the optimizer maximizes; B's energy is to be minimized: negate the loss instead.")
+        if layer.state.rule.task_gradient and not isinstance(optimizer, torch.optim.SGD):
+            raise UserError(
+                f"rule {layer.state.rule.name!r} needs SGD: W and B draw together only if equal gradients make "
+                "equal steps."
             )
 
 
