@@ -108,6 +108,13 @@ class Strict:
             raise UserError(f"{cls.__name__}: missing {', '.join(missing)}.")
         return cls(**{k: _convert(cls.__name__, k, v, hints[k]) for k, v in values.items()})
 
+    def _settle(self) -> None:
+        """Give every field its declared type, so that equal configurations have one digest; UserError otherwise."""
+        hints = typing.get_type_hints(type(self))
+        for name in self.field_names():
+            value = _convert(type(self).__name__, name, getattr(self, name), hints[name])
+            object.__setattr__(self, name, value)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings; ``from_dict`` of it is equal to this."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
@@ -190,6 +197,7 @@ class TrialConfig(Strict):
     measure_alignment: bool = True
 
     def __post_init__(self) -> None:
+        self._settle()
         who = "configuration"
         for name in self.coefficients:
             if name not in PRIMITIVE_NAMES:
@@ -261,6 +269,7 @@ class StudyConfig(Strict):
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._settle()
         check_range("study", "trials", self.trials, 1, 10**6)
         check_range("study", "epochs", self.epochs, 1, 10**6)
         check_range("study", "confirm_seeds", self.confirm_seeds, 0, 1000)

@@ -128,8 +128,14 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # A process in its last second may still write here: the next run finds and removes what is left.
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove it; the owner's file last, by which the next run finds what a process in its last second still wrote."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _OWNER:
+            path.unlink(missing_ok=True)
+    if [path.name for path in folder.iterdir()] == [_OWNER]:
+        shutil.rmtree(folder)
 
 
 def own_children() -> set[Any]:

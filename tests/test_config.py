@@ -48,7 +48,7 @@ def trial_configs(draw: st.DrawFn) -> TrialConfig:
         "augment": draw(st.booleans()),
     }
     if draw(st.booleans()):
-        values |= {"schedule": "step", "step_epochs": draw(st.lists(st.floats(1, 300), min_size=1, max_size=3))}
+        values |= {"schedule": "step", "step_epochs": sorted(draw(st.sets(st.floats(1, 300), min_size=1, max_size=3)))}
     return TrialConfig.from_dict(values)
 
 
@@ -166,6 +166,9 @@ def refusal(kind: type[TrialConfig | StudyConfig | TrialResult], values: Any) ->
         ({"step_epochs": 3, "schedule": "step"}, "step_epochs must be a list of a number, not 3."),
         ({"step_epochs": ["3"], "schedule": "step"}, "step_epochs must be a number, not '3'."),
         ({"schedule": "step"}, "schedule 'step' needs step_epochs, e.g. step_epochs=[30,60,80]."),
+        ({"schedule": "step", "step_epochs": [60, 30]}, "step_epochs [60.0, 30.0] must rise; write e.g. [30, 60, 80]."),
+        ({"step_factor": 0.5}, "step_factor has no effect with schedule 'cosine'; remove it."),
+        ({"epochs": 2, "warmup_epochs": 3}, "warmup_epochs = 3 is more than epochs = 2; lower it."),
         ({"step_epochs": [3]}, "step_epochs has no effect with schedule 'cosine'; remove it."),
         ({"momentum": 0}, "nesterov needs momentum > 0; set nesterov=false or momentum=0.9."),
         ({"batch_size": 10, "accumulate": 4}, "batch_size 10 is not a multiple of accumulate 4."),

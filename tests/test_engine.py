@@ -289,6 +289,8 @@ def test_scratch_folder_is_removed_and_so_are_abandoned_ones(monkeypatch: pytest
             (root / name / "owner").touch()
         for name in ("bench-dead", "other"):
             os.utime(root / name / "owner", (0, 0))
+        (root / "bench-dead" / "session" / "logs").mkdir(parents=True)
+        (root / "bench-dead" / "latest").symlink_to(root / "bench-dead" / "session")
         with processes.scratch_folder() as folder:
             os.utime(folder / "owner", (0, 0))
             assert {p.name for p in root.iterdir()} == {"bench-newborn", "other", folder.name}
@@ -314,6 +316,25 @@ def test_impossible_shares_are_refused(wrong: dict[str, Any], tmp_path: Path) ->
     settings: dict[str, Any] = {"concurrent": 1, "cpus_per_trial": 1.0, **wrong}
     with pytest.raises(UserError, match=next(iter(wrong))):
         engine.run(Script([]), log=tmp_path / "ray.log", say=print, **settings)
+
+
+@pytest.mark.parametrize(("concurrent", "share"), [(2, 1.0), (7, 1 / 7), (3, 2 / 3)])
+def test_gpus_are_counted_before_trials_wait_for_them(
+    concurrent: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = round(concurrent * share)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(whole)})
+    engine._check_gpus(concurrent, share)
+    with pytest.raises(UserError, match=f"Ray finds {whole}; run fewer at a time"):
+        engine._check_gpus(concurrent + 1, share)
+
+
+def test_cause_is_the_last_error_in_one_line() -> None:
+    first = "Failure # 1 (occurred at 2026-01-01)\nThe actor died unexpectedly.\n\tpid: 1\n"
+    second = "Failure # 2 (occurred at 2026-01-01)\n\x1b[36mray::W.train()\x1b[39m\n  File ...\nImportError: no torch\n"
+    assert engine._cause(first) == "The actor died unexpectedly."
+    assert engine._cause(first + second) == "ImportError: no torch"
+    assert engine._cause("") == "no reason given"
 
 
 # --- real workers ------------------------------------------------------------------------------------------
