@@ -9,7 +9,7 @@ PIP_ARGS ?=
 # The demo's budget: under ten minutes on two cores without a GPU.
 DEMO_TRIALS ?= 4
 DEMO_EPOCHS ?= 3
-DEMO_ARGS ?=
+DEMO_ARGS ?= --confirm-seeds 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed

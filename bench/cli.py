@@ -291,7 +291,7 @@ def _list(given: argparse.Namespace) -> int:
         return 0
     out = console(sys.stdout)
     for name, rows in found.items():
-        out.print(table(name, list(rows[0]), [list(map(str, row.values())) for row in rows]))
+        out.print(table(name, list(rows[0]), [list(row.values()) for row in rows], texts=len(rows[0])))
     return 0
 
 
@@ -319,7 +319,7 @@ def _doctor(given: argparse.Namespace) -> int:
         print(json.dumps(checks))
     else:
         rows = [[c["status"], c["name"], c["detail"], c["remedy"] or ""] for c in checks]
-        console(sys.stdout).print(table("this machine", ["", "check", "found", "remedy"], rows))
+        console(sys.stdout).print(table("this machine", ["", "check", "found", "remedy"], rows, texts=4))
     return 1 if any(check["status"] == "fail" for check in checks) else 0
 
 

@@ -183,6 +183,7 @@ class Director:
             history=[live.history[e] for e in sorted(live.history)],
         )
         self._complete(trial_id, result)
+        self._note("", None)
         return True
 
     @_guarded

@@ -32,7 +32,7 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     rows = table_rows(summary)
     if rows:
         note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
-        out.print(table(title, COLUMNS, rows, note))
+        out.print(table(title, COLUMNS, rows, caption=note))
     best = Path(summary["folder"]) / "best.yaml"
     if best.exists():
         out.print(f"best configuration: {best}", markup=False)

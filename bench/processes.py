@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -129,13 +129,14 @@ def _remove_abandoned(root: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove it; the owner's file last, by which the next run finds what a process in its last second still wrote."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _OWNER:
-            path.unlink(missing_ok=True)
-    if [path.name for path in folder.iterdir()] == [_OWNER]:
-        shutil.rmtree(folder)
+    with suppress(FileNotFoundError):  # another run, or whoever cleans up here, was faster
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _OWNER:
+                path.unlink()
+        if [path.name for path in folder.iterdir()] == [_OWNER]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def own_children() -> set[Any]:

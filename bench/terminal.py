@@ -21,11 +21,13 @@ def console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 240)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
-    """A plain table; the first two columns left, the numbers right."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str | None = None, texts: int = 2
+) -> Table:
+    """A plain table; the first ``texts`` columns left, the numbers right."""
     made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+        made.add_column(name, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

@@ -126,18 +126,21 @@ def test_lost_worker_is_replaced_twice(direct: Callable[..., Director]) -> None:
 
 
 def test_alike_failures_end_the_run_and_others_do_not(direct: Callable[..., Director], tmp_path: Path) -> None:
-    script = Script([task(str(i)) for i in range(9)])
+    script = Script([task(str(i)) for i in range(12)], stop={"3": 1})
     director = direct(script)
-    places = ["a.py:1", "a.py:1", "", "a.py:1", "b.py:2", "a.py:1", "a.py:1", "a.py:1"]
+    places = ["a.py:1", "a.py:1", "", "stop", "a.py:1", "a.py:1", "b.py:2", "a.py:1", "a.py:1", "a.py:1"]
     for number, place in enumerate(places):
         assert director.fault is None
         director.suggest(str(number))
-        director.returned(str(number), failure(place, f"ValueError: {number}") if place else success())
+        if place == "stop":
+            assert director.reported(str(number), 1, {"val_acc": 0.1})
+        else:
+            director.returned(str(number), failure(place, f"ValueError: {number}") if place else success())
     assert isinstance(director.fault, engine.RepeatedError)
-    assert re.search(rf"{ALIKE_FAILURES} trials in a row failed alike: ValueError: 7", str(director.fault))
+    assert re.search(rf"{ALIKE_FAILURES} trials in a row failed alike: ValueError: 9", str(director.fault))
     assert director.stopping
     assert len(script.results) == len(places)
-    assert (tmp_path / "ray.log").read_text().count("Traceback") == len(places) - 1
+    assert (tmp_path / "ray.log").read_text().count("Traceback") == len(places) - 2
 
 
 def test_fault_of_the_source_is_kept_and_the_source_left_in_peace(direct: Callable[..., Director]) -> None:
