@@ -1,0 +1,181 @@
+"""The bookkeeping between a source and the workers, and the inside of a worker; without Ray."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.config import TrialResult
+from bench.director import ALIKE_FAILURES, WAIT, Director, RepeatedError, Source
+from bench.worker import Running
+from engine_script import Script, config, task
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> Callable[..., Director]:
+    def made(source: Source, *, interrupted: Callable[[], bool] = lambda: False, **changes: Any) -> Director:
+        settings: dict[str, Any] = {"trial": "m:f", "concurrent": 2, "tick": None, **changes}
+        return Director(source, log=tmp_path / "ray.log", say=print, interrupted=interrupted, **settings)
+
+    return made
+
+
+def success() -> dict[str, Any]:
+    return {"result": TrialResult(config=config(), status="finished").to_dict(), "where": "", "traceback": ""}
+
+
+def failure(where: str, reason: str = "ValueError: no") -> dict[str, Any]:
+    failed = TrialResult(config=config(), status="failed", reason=reason)
+    return {"result": failed.to_dict(), "where": where, "traceback": "Traceback: ..."}
+
+
+def test_director_keeps_to_the_concurrency_and_knows_waiting_from_the_end(direct: Callable[..., Director]) -> None:
+    director = direct(Script([task("a"), WAIT, task("b"), task("c")]))
+    assert director.suggest("1") is not None
+    assert director.suggest("2") is None  # the source said WAIT
+    assert director.suggest("2") is not None
+    assert director.suggest("3") is None
+    assert len(director.live) == 2
+    director.returned("1", success())
+    assert director.suggest("3") is not None
+    assert (director.suggest("4"), director.exhausted) == (None, False)  # both places are taken: not even asked
+    director.returned("2", success())
+    assert (director.suggest("4"), director.exhausted, director.over) == (None, True, False)
+    director.returned("3", success())
+    assert director.over
+
+
+def test_lost_worker_is_replaced_twice(direct: Callable[..., Director]) -> None:
+    script = Script([task("a")])
+    director = direct(script)
+    first = director.suggest("1")
+    director.started("1")
+    director.reported("1", 1, {"val_acc": 0.1})
+    for attempt in ("1", "2"):
+        director.lost(attempt, "killed")
+        assert not director.over
+        assert director.suggest(str(int(attempt) + 1)) == first
+        director.started(str(int(attempt) + 1))
+    assert script.results == {}
+    director.lost("3", "killed")
+    director.lost("3", "told twice")
+    assert script.events == [("started", "a"), ("reported", "a", "1"), ("completed", "a")]
+    assert script.results["a"].reason == "lost its worker process 3 times (killed)"
+    assert director.suggest("4") is None
+    assert director.over
+
+
+def test_alike_failures_end_the_run_and_others_do_not(direct: Callable[..., Director], tmp_path: Path) -> None:
+    script = Script([task(str(i)) for i in range(12)], stop={"3": 1})
+    director = direct(script)
+    places = ["a.py:1", "a.py:1", "", "stop", "a.py:1", "a.py:1", "b.py:2", "a.py:1", "a.py:1", "a.py:1"]
+    for number, place in enumerate(places):
+        assert director.fault is None
+        director.suggest(str(number))
+        if place == "stop":
+            assert director.reported(str(number), 1, {"val_acc": 0.1})
+        else:
+            director.returned(str(number), failure(place, f"ValueError: {number}") if place else success())
+    assert isinstance(director.fault, RepeatedError)
+    assert re.search(rf"{ALIKE_FAILURES} trials in a row failed alike: ValueError: 9", str(director.fault))
+    assert director.stopping
+    assert len(script.results) == len(places)
+    assert (tmp_path / "ray.log").read_text().count("Traceback") == len(places) - 2
+
+
+def test_fault_of_the_source_is_kept_and_the_source_left_in_peace(direct: Callable[..., Director]) -> None:
+    class Faulty(Script):
+        def reported(self, *_: object) -> bool:
+            raise OSError("disk full")
+
+    script = Faulty([task("a"), task("b")])
+    director = direct(script)
+    director.suggest("1")
+    assert not director.reported("1", 1, {"val_acc": 0.1})
+    assert isinstance(director.fault, OSError)
+    director.returned("1", failure(""))
+    assert director.suggest("2") is None
+    assert (script.events, script.results) == ([], {})
+
+
+def test_after_an_interruption_nothing_is_completed(direct: Callable[..., Director]) -> None:
+    flag = threading.Event()
+    script = Script([task("a")])
+    director = direct(script, interrupted=flag.is_set)
+    director.suggest("1")
+    flag.set()
+    director.returned("1", success())
+    assert script.results == {}
+
+
+def test_tick_and_its_fault(direct: Callable[..., Director]) -> None:
+    director = direct(Script([]), tick=lambda: 1 / 0)
+    director.beat()
+    assert isinstance(director.fault, ZeroDivisionError)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Running]:
+    monkeypatch.syspath_prepend(str(HERE))
+
+    def made(**options: Any) -> Running:
+        content = {"trial": "fake_trials:act", "config": config().to_dict(), "options": options}
+        return Running(json.dumps(content))
+
+    return made
+
+
+def test_worker_stands_still_until_it_is_answered(work: Callable[..., Running], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "epochs"
+    running = work(checkpoint=str(checkpoint))
+    assert running.next_message()["epoch"] == 1
+    time.sleep(0.05)
+    assert checkpoint.read_text() == "1"
+    assert running.next_message()["epoch"] == 2
+    running.stop()
+    assert checkpoint.read_text() == "2"
+
+
+def test_worker_that_is_dropped_before_its_first_step_trains_nothing(
+    work: Callable[..., Running], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "epochs"
+    running = work(checkpoint=str(checkpoint))
+    time.sleep(0.05)
+    running.stop()
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("act", "reason", "where"),
+    [
+        (
+            "raise",
+            r"^ValueError: no such coefficient in any table \(fake_trials.py:\d+, raise ValueError\(.*\)$",
+            "Val",
+        ),
+        ("exit", r"^SystemExit: 3 \(fake_trials.py:\d+, raise SystemExit\(3\)\)$", "SystemExit fake_trials.py"),
+        ("nonsense", r"^TypeError: fake_trials:act returned int, not TrialResult", "TypeError worker.py"),
+    ],
+)
+def test_exception_is_a_result(work: Callable[..., Running], act: str, reason: str, where: str) -> None:
+    message = work(act=act).next_message()
+    result = TrialResult.from_dict(message["result"])
+    assert (result.status, result.config) == ("failed", config())
+    assert re.search(reason, result.reason or "")
+    assert message["where"].startswith(where)
+    assert message["traceback"].startswith("Traceback (most recent call last)")
+
+
+def test_missing_trial_function_is_a_result_too() -> None:
+    running = Running(json.dumps({"trial": "no.such:thing", "config": config().to_dict(), "options": {}}))
+    assert running.next_message()["result"]["reason"].startswith("ModuleNotFoundError: No module named 'no'")
