@@ -53,7 +53,15 @@ class Progress:
         self.console = console(stream)
         self._render: Callable[[], str] = str
         self._last = 0.0
-        self._live = Live(Text(), console=self.console, auto_refresh=False, transient=True)
+        # rich would else take sys.stdout and sys.stderr, and show what others print there: it belongs in the log
+        self._live = Live(
+            Text(),
+            console=self.console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._on = stream.isatty()
 
     def __enter__(self) -> Self:
