@@ -55,13 +55,13 @@ def _spaces() -> Listing:
 
 
 def _samplers() -> Listing:
-    from bench.study import SAMPLERS
+    from bench.choices import SAMPLERS
 
     return [{"name": s.name, "what": s.summary, "source": s.source} for s in SAMPLERS.values()]
 
 
 def _schedulers() -> Listing:
-    from bench.study import SCHEDULERS
+    from bench.choices import SCHEDULERS
 
     return [{"name": s.name, "what": s.summary, "source": s.source} for s in SCHEDULERS.values()]
 

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from bench import engine
 from bench.campaign import Campaign, Options, Ready, Share, trial_config
+from bench.choices import check_choices
 from bench.config import StudyConfig, UserError
 from bench.files import read_yaml, write_yaml
 from bench.provenance import usable_cores
 from bench.rows import RowFile
 from bench.space import Space
 from bench.stores import check_uri, embedded
-from bench.study import Study, check_choices
+from bench.study import Study
 from bench.summary import headline
 from bench.tracking import Tracker
 from bench.trial import pick_device, prepare

@@ -13,7 +13,6 @@ import math
 import os
 import random
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Any, Self
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from bench.config import StudyConfig, TrialResult, UserError, unknown
+from bench.choices import PATIENCE, SCHEDULERS, check_choices, make_sampler
+from bench.config import StudyConfig, TrialResult, UserError
 from bench.journal import claim, mend
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -35,94 +34,8 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 Distributions = Mapping[str, BaseDistribution]
 Say = Callable[[str], None]
 
-#: No trial is stopped before this many others have come as far: of two or three, the best says nothing.
-PATIENCE = 4
-#: Successive halving: the best third goes on.
-REDUCTION = 3
-
 #: What may change between one start of a study and the next.
 MAY_CHANGE = ("trials", "confirm_top", "confirm_seeds")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``."""
-
-    name: str
-    make: Callable[..., Any]
-    summary: str
-    source: str
-
-
-#: What Optuna 5 does by default, and 4 does not.
-_TPE = {"multivariate": True, "constant_liar": True}
-
-
-def _by_name(*rows: Row) -> dict[str, Row]:
-    return {row.name: row for row in rows}
-
-
-SAMPLERS = _by_name(
-    Row(
-        name="gp",
-        make=lambda seed, startup: GPSampler(seed=seed, n_startup_trials=startup),
-        summary="Gaussian process, expected improvement; best for a few dozen trials",
-        source="Optuna's GPSampler; Ament et al. 2023, arXiv 2310.20708",
-    ),
-    Row(
-        name="tpe",
-        make=lambda seed, startup: TPESampler(seed=seed, n_startup_trials=startup, **_TPE),
-        summary="tree-structured Parzen estimator, multivariate",
-        source="Optuna's TPESampler; Bergstra et al. 2011, Watanabe 2023, arXiv 2304.11127",
-    ),
-    Row(
-        name="cmaes",
-        make=lambda seed, startup: CmaEsSampler(seed=seed, n_startup_trials=startup),
-        summary="covariance matrix adaptation; for hundreds of trials of continuous coefficients",
-        source="Optuna's CmaEsSampler; Hansen 2016, arXiv 1604.00772",
-    ),
-    Row(
-        name="random",
-        make=lambda seed, startup: RandomSampler(seed=seed),  # noqa: ARG005
-        summary="uniform in the search space (or in its logarithm)",
-        source="Bergstra & Bengio 2012",
-    ),
-)
-
-
-def first_rung(epochs: int) -> int:
-    """The epoch of the first decision: a ninth of the whole, so that there are two rungs, at 1/9 and 1/3."""
-    return math.ceil(epochs / REDUCTION**2)
-
-
-SCHEDULERS = _by_name(
-    Row(
-        name="asha",
-        make=lambda epochs: SuccessiveHalvingPruner(min_resource=first_rung(epochs), reduction_factor=REDUCTION),
-        summary="asynchronous successive halving: after 1/9 and 1/3 of the epochs the best third goes on",
-        source="Li et al. 2020, arXiv 1810.05934",
-    ),
-    Row(
-        name="hyperband",
-        make=lambda epochs: HyperbandPruner(
-            min_resource=first_rung(epochs), max_resource=epochs, reduction_factor=REDUCTION
-        ),
-        summary="successive halving with first decisions at several epochs, in turn",
-        source="Li et al. 2018, arXiv 1603.06560",
-    ),
-    Row(
-        name="median",
-        make=lambda epochs: MedianPruner(n_startup_trials=PATIENCE, n_warmup_steps=first_rung(epochs)),
-        summary="stops what is worse than the median of the finished trials at the same epoch",
-        source="Golovin et al. 2017, Google Vizier",
-    ),
-    Row(
-        name="none",
-        make=lambda epochs: NopPruner(),  # noqa: ARG005
-        summary="every trial gets all its epochs",
-        source="control",
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +64,6 @@ class Counts:
     failed: int
     running: int
     remaining: int
-
-
-def check_choices(config: StudyConfig) -> None:
-    """UserError for a sampler or scheduler that is not in its registry."""
-    if config.sampler not in SAMPLERS:
-        raise unknown("sampler", config.sampler, SAMPLERS)
-    if config.scheduler not in SCHEDULERS:
-        raise unknown("scheduler", config.scheduler, SCHEDULERS)
 
 
 class Study:
@@ -314,7 +219,7 @@ class Study:
         """
         number = len(trials)
         seed = random.Random(f"{self.config.seed}:{number}").randrange(2**31)
-        copy = optuna.create_study(direction="maximize", sampler=_make_sampler(self.config.sampler, seed, self.budget))
+        copy = optuna.create_study(direction="maximize", sampler=make_sampler(self.config.sampler, seed, self.budget))
         copy.add_trials(as_completed(trials, self._chance))
         params = dict(copy.ask(self._distributions).params)
         state = copy.get_trials(deepcopy=False)[number].system_attrs
@@ -381,13 +286,6 @@ def _estimated(trial: FrozenTrial, whole: Sequence[FrozenTrial], chance: float) 
 
 def _diverged(trial: FrozenTrial) -> bool:
     return bool(trial.state == TrialState.COMPLETE) and trial.user_attrs.get("status") == "diverged"
-
-
-def _make_sampler(name: str, seed: int, budget: int) -> BaseSampler:
-    with warnings.catch_warnings():
-        # Releases of Optuna before 5 call the GP, and multivariate TPE, experimental.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return SAMPLERS[name].make(seed, max(4, min(10, budget // 4)))
 
 
 def _check_name(storage: JournalStorage, name: str, folder: Path) -> None:

@@ -16,8 +16,9 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from bench.choices import PATIENCE, SAMPLERS, SCHEDULERS, first_rung
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
-from bench.study import PATIENCE, SAMPLERS, SCHEDULERS, Counts, Proposal, Study, as_completed
+from bench.study import Counts, Proposal, Study, as_completed
 
 CHANCE = 0.1
 SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}
@@ -200,12 +201,18 @@ def test_asha_stops_the_worse_two_thirds_but_not_before_there_is_company(open_st
     with open_study(scheduler="asha", epochs=9) as study:
         proposals = [asked(study) for _ in range(PATIENCE + 3)]
         values = [0.1 * (7 - i) for i in range(len(proposals))]  # each worse than the one before
-        verdicts = [study.report(p.uid, 1, v) for p, v in zip(proposals, values, strict=True)]
+        assert not any(study.report(p.uid, 1, v) for p, v in zip(proposals, values, strict=True))  # too early
+        verdicts = [study.report(p.uid, 3, v) for p, v in zip(proposals, values, strict=True)]
         assert verdicts == [False] * PATIENCE + [True] * 3
         best = asked(study)
-        assert study.report(best.uid, 1, 0.9) is False
-        assert study.report(best.uid, 2, 0.0) is False  # between two rungs nobody is judged
-        assert study.report(proposals[-1].uid, 2, 0.9) is True  # a verdict stands, also after a restart
+        assert study.report(best.uid, 3, 0.9) is False
+        assert study.report(best.uid, 4, 0.0) is False  # between two rungs nobody is judged
+        assert study.report(proposals[-1].uid, 4, 0.9) is True  # a verdict stands, also after a restart
+
+
+@pytest.mark.parametrize(("epochs", "rung"), [(1, 1), (3, 1), (8, 3), (10, 4), (18, 6), (27, 3), (90, 10)])
+def test_the_first_decision_is_never_in_the_warm_up(epochs: int, rung: int) -> None:
+    assert first_rung(epochs) == rung
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
@@ -224,11 +231,11 @@ def test_schedulers_spare_the_last_epoch_and_none_stops_nothing(open_study: Open
 def test_rungs_survive_a_restart(open_study: Open) -> None:
     with open_study() as study:
         for _ in range(6):
-            assert study.report(asked(study).uid, 1, 0.8) is False
+            assert study.report(asked(study).uid, 3, 0.8) is False
     with open_study() as study:
         for _ in range(6):
             study.ask()
-        assert study.report(asked(study).uid, 1, 0.2) is True
+        assert study.report(asked(study).uid, 3, 0.2) is True
 
 
 def test_one_epoch_is_never_stopped(open_study: Open) -> None:
