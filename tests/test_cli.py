@@ -102,6 +102,7 @@ def test_settings_are_yaml_values() -> None:
         parse_settings(["=3"])
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own use
 def test_train_then_evaluate_then_train_from_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--set", "train_examples=64", "--set", "batch_size=32", "--epochs", "1", "--json"]
     rule = ["--rule", "mirror", "--set", "coefficients.amp=1e-4", "--set", "coefficients.decay=0.1"]
@@ -109,6 +110,7 @@ def test_train_then_evaluate_then_train_from_a_file(folder: Path, capsys: pytest
     trained = json.loads(capsys.readouterr().out)
     assert trained["status"] == "finished"
     assert trained["test_read"] is False
+    assert not list(folder.glob("results/spool/*"))  # MLflow has it all
     rows = (folder / "results" / "train" / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["uid"] for line in rows] == [trained["uid"]]
     assert main(["evaluate", "net.pt", "--json"]) == 0
