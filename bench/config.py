@@ -227,11 +227,6 @@ class TrialConfig(Strict):
             raise UserError(
                 f"configuration: warmup_epochs = {self.warmup_epochs:g} is more than epochs = {self.epochs}; lower it."
             )
-        if 0 < self.epochs <= self.feedback_warmup_epochs:
-            raise UserError(
-                f"configuration: with feedback_warmup_epochs = {self.feedback_warmup_epochs:g} of {self.epochs} epochs "
-                "W would never learn; lower it."
-            )
         if self.schedule != "step" and self.step_factor != type(self).step_factor:
             raise UserError(f"configuration: step_factor has no effect with schedule {self.schedule!r}; remove it.")
         if self.nesterov and self.momentum == 0:

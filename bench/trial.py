@@ -194,6 +194,11 @@ def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
             f"feedback_every and feedback_warmup_epochs have no effect in rule {rule.name!r}: "
             f"{'B moves with W' if rule.task_gradient else 'its B does not learn'}; remove them."
         )
+    if config.feedback_warmup_epochs >= config.epochs:
+        raise UserError(
+            f"with feedback_warmup_epochs = {config.feedback_warmup_epochs:g} of {config.epochs} epochs W would never "
+            "learn; lower it."
+        )
     if rule.task_gradient and coefficients.setdefault("decay", config.weight_decay) != config.weight_decay:
         raise UserError(
             f"rule {rule.name!r}: decay = {coefficients['decay']:g} must equal weight_decay = "

@@ -213,6 +213,7 @@ def test_weight_decay_is_on_forward_weights_only_and_B_has_its_own_rate() -> Non
     [
         ({"rule": "feedback", "feedback_every": 2}, "no effect in rule 'feedback'"),
         ({"rule": "kolen-pollack", "feedback_warmup_epochs": 1.0}, "B moves with W"),
+        ({"rule": "self", "coefficients": {"self": 1.0}, "feedback_warmup_epochs": 2.0}, "W would never learn"),
         ({"rule": "kolen-pollack", "coefficients": {"decay": 0.1}}, "must equal weight_decay"),
         ({"rule": "backprop", "feedback_lr_factor": 2.0}, "no effect"),
         ({"rule": "backprop", "coefficients": {"amp": 0.1}}, "no effect in rule 'backprop'"),
