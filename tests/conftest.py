@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -14,3 +15,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # A busy machine is slow, not wrong; and what CI finds must be found again.
 settings.register_profile("bench", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("bench")
+
+# A shell that starts a job in the background lets it ignore SIGINT (nohup: SIGHUP), and every child would inherit
+# that: the tests that interrupt a program would wait for ever. A handler of our own is reset in the children.
+for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
