@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -21,7 +21,11 @@ from typing import Any, Literal, Self
 PRIMITIVE_NAMES = ("decay", "amp", "null", "sparse", "self")
 
 Status = Literal["finished", "stopped", "diverged", "failed"]
-Kind = Literal["search", "confirm", "control", "train"]
+Kind = Literal["search", "confirm", "control", "train", "robustness"]
+#: Where Gaussian noise goes (design, section 5): into training (update), or into a trained network.
+Site = Literal["update", "weight", "activation", "input"]
+#: What a search maximises: clean accuracy, the area under accuracy against the noise, or both (a Pareto front).
+Objective = Literal["accuracy", "robustness", "both"]
 
 
 class UserError(ValueError):
@@ -146,6 +150,17 @@ def check_range(
         raise UserError(f"{owner}: {name} = {value} is out of range; it must lie in {bracket}{low:g}, {high:g}].")
 
 
+def check_levels(owner: str, levels: Sequence[float]) -> None:
+    """Refuse levels of noise (or of an attack) that do not rise from above 0; two at least make an area."""
+    for level in levels:
+        check_range(owner, "noise level", level, 0, open_low=True)
+    if len(levels) < 2 or list(levels) != sorted(set(levels)):
+        raise UserError(
+            f"{owner}: noise levels {list(levels)} must be two or more, above 0 and rising, e.g. 0.1,0.2,0.4; "
+            "0, the network without noise, is always measured."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig(Strict):
     """One training run, whole: with the code, the data and the device it determines the result.
@@ -187,6 +202,10 @@ class TrialConfig(Strict):
     label_smoothing: float = 0.0
     precision: Literal["auto", "float32", "bf16"] = "auto"
 
+    # Gaussian noise in training, after each optimizer step: theta += lr · N(0, update_noise²), on these parameters
+    update_noise: float = 0.0
+    update_noise_on: Literal["both", "forward", "feedback"] = "both"
+
     # the data
     augment: bool = True
     split_seed: int = 0
@@ -195,6 +214,10 @@ class TrialConfig(Strict):
 
     # what is measured after each epoch, beside accuracy and loss: angles cost one more backward pass
     measure_alignment: bool = True
+    # the area under validation accuracy against these noise levels at this site, averaged over the draws
+    noise_site: Site | None = None
+    noise_levels: tuple[float, ...] = ()
+    noise_draws: int = 1
 
     def __post_init__(self) -> None:
         self._settle()
@@ -223,6 +246,7 @@ class TrialConfig(Strict):
             check_range(who, "step_epochs", epoch, 0)
         if list(self.step_epochs) != sorted(set(self.step_epochs)):
             raise UserError(f"configuration: step_epochs {list(self.step_epochs)} must rise; write e.g. [30, 60, 80].")
+        self._check_noise(who)
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"configuration: warmup_epochs = {self.warmup_epochs:g} is more than epochs = {self.epochs}; lower it."
@@ -238,6 +262,22 @@ class TrialConfig(Strict):
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"configuration: batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}."
+            )
+
+    def _check_noise(self, who: str) -> None:
+        check_range(who, "update_noise", self.update_noise, 0)
+        check_range(who, "noise_draws", self.noise_draws, 1, 10_000)
+        if not self.update_noise and self.update_noise_on != type(self).update_noise_on:
+            raise UserError("configuration: update_noise_on has no effect without update_noise; remove it.")
+        if self.noise_site is None:
+            if self.noise_levels or self.noise_draws != type(self).noise_draws:
+                raise UserError("configuration: noise_levels and noise_draws have no effect without noise_site.")
+            return
+        check_levels(who, self.noise_levels)
+        if self.noise_site == "update" and (self.update_noise or self.noise_draws != 1):
+            raise UserError(
+                "configuration: noise_site 'update' trains a network at each of noise_levels, once: remove "
+                "update_noise and noise_draws."
             )
 
 
@@ -260,6 +300,7 @@ class StudyConfig(Strict):
     scheduler: str = "asha"
     confirm_top: int = 1
     confirm_seeds: int = 3
+    objective: Objective = "accuracy"
     recipe: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
 
@@ -280,6 +321,9 @@ class TrialResult(Strict):
     1); ``metrics`` the final ones: val_acc, val_top5, val_loss, train_loss, angle (mean over layers, in
     degrees), ..., and test_* if test was read. Accuracies are fractions of 1. A diverged run has chance
     accuracy as val_acc (and test_acc, if it was asked for), and its reason.
+
+    ``evaluation``: what was done to the trained network before it was scored (site, level, draws, ...); empty
+    for a training run.
     """
 
     config: TrialConfig
@@ -287,6 +331,7 @@ class TrialResult(Strict):
     reason: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

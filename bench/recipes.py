@@ -21,6 +21,9 @@ NOT_RECIPE = (
     "feedback_lr_factor",
     "feedback_every",
     "feedback_warmup_epochs",
+    "noise_site",
+    "noise_levels",
+    "noise_draws",
 )
 RECIPE_FIELDS = tuple(name for name in TrialConfig.field_names() if name not in NOT_RECIPE)
 

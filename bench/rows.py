@@ -1,7 +1,7 @@
 """Result rows: one append-only JSON Lines file per study, and the table that is read from it.
 
-A row is one run: uid, study, kind, status, reason, config, metrics, history, provenance, test_read. A row
-counts once its newline is on the disk; what a killed writer left behind the last newline never was one.
+A row is one run: uid, study, kind, status, reason, config, evaluation, metrics, history, provenance, test_read.
+A row counts once its newline is on the disk; what a killed writer left behind the last newline never was one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FIELDS = (
     "reason",
     "test_read",
     "config",
+    "evaluation",
     "metrics",
     "history",
     "provenance",
@@ -194,6 +195,6 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
 
     kept = [name for name in FIELDS if name != "history"]
     lines = [dict(flatten({name: row[name] for name in kept if name in row})) for row in rows]
-    flat = [name for name in kept if name not in ("config", "metrics", "provenance")]
+    flat = [name for name in kept if name not in ("config", "evaluation", "metrics", "provenance")]
     nested = sorted({name for line in lines for name in line} - set(flat), key=lambda n: kept.index(n.split(".")[0]))
     return pd.DataFrame(lines, columns=[*flat, *nested])

@@ -18,7 +18,7 @@ from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
 from bench.delivery import Delivery, Spool
 from bench.mlflow_store import Store
 from bench.provenance import git_revision
-from bench.rows import flatten
+from bench.rows import flatten, result_of
 from bench.stores import check_uri, shown
 
 #: The longest value of a parameter or tag that older servers take too, in characters.
@@ -122,7 +122,7 @@ class Tracker:
 
         A run that is in this study already, with this end, stays as it is.
         """
-        result = TrialResult.from_dict({name: row[name] for name in TrialResult.field_names()})
+        result = result_of(row)
         ended = self._ended(result, {} if row["study"] == self._study else {"bench.from_study": row["study"]})
         more = {**ended.pop("tags"), "bench.git_revision": result.provenance.get("git_revision")}
         self._put("record", **self._described(uid, kind, result.config, more), **ended)

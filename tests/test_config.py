@@ -202,6 +202,8 @@ LOWEST_REFUSED = {
     "momentum": -0.1,
     "label_smoothing": -0.1,
     "val_fraction": 0.0,
+    "update_noise": -1e-9,
+    "noise_draws": 0,
 }
 HIGHEST_REFUSED = {
     "seed": 2**31,
@@ -210,6 +212,7 @@ HIGHEST_REFUSED = {
     "momentum": 1.0,
     "label_smoothing": 1.0,
     "val_fraction": 0.91,
+    "noise_draws": 10_001,
 }
 FLOATS = sorted(name for name, value in TrialConfig(rule="r", clip_norm=1.0).to_dict().items() if type(value) is float)
 
