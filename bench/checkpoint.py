@@ -52,7 +52,7 @@ def prepare_checkpoint(path: Path) -> None:
         raise UserError(f"checkpoint {path}: {error.strerror}; name a file in a folder that can be written.") from error
 
 
-def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors, numbers and strings; UserError for a file that is none, or is damaged."""
     try:
         state: Any = torch.load(path, map_location=device, weights_only=True)

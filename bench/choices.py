@@ -1,4 +1,4 @@
-"""The ways to propose trials and to stop them: a row each, all of them Optuna's."""
+"""What a search maximises, and Optuna's ways to propose trials and to stop them: a row each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optuna
 from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 
-from bench.config import StudyConfig, unknown
+from bench.config import StudyConfig, UserError, unknown
 
 #: No trial is stopped before this many others have come as far: of two or three, the best says nothing.
 PATIENCE = 4
@@ -22,12 +22,42 @@ REDUCTION = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``."""
+    """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``.
+
+    ``several``: whether Optuna lets it be used where there is more than one objective.
+    """
 
     name: str
     make: Callable[..., Any]
     summary: str
     source: str
+    several: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRow:
+    """What a search maximises: these metrics of a trial. Of a network that learned nothing each is at chance."""
+
+    name: str
+    metrics: tuple[str, ...]
+    summary: str
+
+
+#: The names are those of `bench.config.Objective`.
+OBJECTIVES = {
+    row.name: row
+    for row in (
+        ObjectiveRow(name="accuracy", metrics=("val_acc",), summary="validation accuracy, without noise"),
+        ObjectiveRow(
+            name="robustness", metrics=("val_area",), summary="the area under validation accuracy against noise"
+        ),
+        ObjectiveRow(
+            name="both",
+            metrics=("val_acc", "val_area"),
+            summary="accuracy and robustness: the Pareto front, each as good as the other allows",
+        ),
+    )
+}
 
 
 #: What Optuna 5 does by default, and 4 does not.
@@ -42,14 +72,16 @@ SAMPLERS = _by_name(
     Row(
         name="gp",
         make=lambda seed, startup: GPSampler(seed=seed, n_startup_trials=startup),
-        summary="Gaussian process, expected improvement; best for a few dozen trials",
-        source="Optuna's GPSampler; Ament et al. 2023, arXiv 2310.20708",
+        summary="Gaussian process, expected improvement (of the hypervolume); best for a few dozen trials",
+        source="Optuna's GPSampler; Ament et al. 2023, arXiv 2310.20708; Daulton et al. 2020, arXiv 2006.05078",
+        several=True,
     ),
     Row(
         name="tpe",
         make=lambda seed, startup: TPESampler(seed=seed, n_startup_trials=startup, **_TPE),
         summary="tree-structured Parzen estimator, multivariate",
         source="Optuna's TPESampler; Bergstra et al. 2011, Watanabe 2023, arXiv 2304.11127",
+        several=True,
     ),
     Row(
         name="cmaes",
@@ -62,6 +94,7 @@ SAMPLERS = _by_name(
         make=lambda seed, startup: RandomSampler(seed=seed),  # noqa: ARG005
         summary="uniform in the search space (or in its logarithm)",
         source="Bergstra & Bengio 2012",
+        several=True,
     ),
 )
 
@@ -103,16 +136,22 @@ SCHEDULERS = _by_name(
         make=lambda epochs: NopPruner(),  # noqa: ARG005
         summary="every trial gets all its epochs",
         source="control",
+        several=True,
     ),
 )
 
 
 def check_choices(config: StudyConfig) -> None:
-    """UserError for a sampler or scheduler that is not in its registry."""
-    if config.sampler not in SAMPLERS:
-        raise unknown("sampler", config.sampler, SAMPLERS)
-    if config.scheduler not in SCHEDULERS:
-        raise unknown("scheduler", config.scheduler, SCHEDULERS)
+    """UserError for a sampler or scheduler that is not in its registry, or cannot serve the study's objectives."""
+    for what, name, rows in (("sampler", config.sampler, SAMPLERS), ("scheduler", config.scheduler, SCHEDULERS)):
+        if name not in rows:
+            raise unknown(what, name, rows)
+        if len(OBJECTIVES[config.objective].metrics) > 1 and not rows[name].several:
+            fit = " or ".join(row.name for row in rows.values() if row.several)
+            raise UserError(
+                f"objective {config.objective!r} is two at once, and the {what} {name!r} takes one only: "
+                f"use --{what} {fit}."
+            )
 
 
 def make_sampler(name: str, seed: int, budget: int) -> BaseSampler:

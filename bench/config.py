@@ -11,10 +11,12 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 #: The five primitives of Kunin et al. 2020, in the canonical order (design: decay, amp, null, sparse, self).
@@ -311,6 +313,13 @@ class StudyConfig(Strict):
         check_range("study", "confirm_seeds", self.confirm_seeds, 0, 1000)
         check_range("study", "confirm_top", self.confirm_top, 1, 1000)
         check_range("study", "seed", self.seed, 0, 2**31 - 1)
+
+
+def study_name(rule: str, arch: str, dataset: str) -> str:
+    """The default name: what the study is about, in characters that every file system takes."""
+    kind, _, path = dataset.partition(":")
+    data = f"{kind}-{PurePath(path).name}" if path else kind
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}-{data}").strip("-.")
 
 
 @dataclass(frozen=True, kw_only=True)

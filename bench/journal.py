@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.config import UserError
@@ -39,6 +40,16 @@ def claim(folder: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """`claim` the folder within."""
+    descriptor = claim(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def mend(journal: Path, say: Callable[[str], None]) -> None:

@@ -293,6 +293,15 @@ class Store:
                 self._write_metrics(parent, {key: value}, points[-1].step + 1 if points else 0, operation["time"])
         self._write_tags(parent, operation["tags"])
 
+    def curve(self, operation: Operation) -> None:
+        """Log a metric of the parent at several steps; one that has this value there already is left alone."""
+        parent, name = self._known_study(operation).parent, operation["metric"]
+        history = self._client.get_metric_history(parent, name)
+        there = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
+        for step, value in operation["points"].items():
+            if there.get(int(step)) != value:
+                self._write_metrics(parent, {name: value}, int(step), operation["time"])
+
     def artifacts(self, operation: Operation) -> None:
         """Copy files and folders to the parent's artifacts; one that is there already is replaced."""
         parent = self._known_study(operation).parent
@@ -320,6 +329,7 @@ OPERATIONS: dict[str, Callable[[Store, Operation], None]] = {
     "record": Store.record,
     "interrupt": Store.interrupt,
     "headline": Store.headline,
+    "curve": Store.curve,
     "artifacts": Store.artifacts,
     "dataset": Store.dataset,
     "end": Store.end,

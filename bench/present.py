@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.campaign import Options
-from bench.summary import COLUMNS, table_rows
-from bench.terminal import console, table
+from bench.place import Options
+from bench.robustness import note, title, unit_of
+from bench.robustness_words import curve_columns, curve_rows, table_columns, table_rows, verdict_lines
+from bench.summary import columns as search_columns
+from bench.summary import table_rows as search_rows
+from bench.terminal import Console, console, table
 from bench.ui import runs_link
 
 
@@ -17,7 +20,7 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     """What a search found, on stdout: counts, the table with its controls, where it lies, the link to its runs."""
     out = console(sys.stdout)
     counts = ", ".join(f"{n} {name}" for name, n in summary["trials"].items())
-    title = (
+    head = (
         f"{summary['study']}: {summary['rule']} on {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
     )
     if outcome == "known":
@@ -29,13 +32,36 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     out.print(f"trials: {counts}", markup=False)
     if not summary["confirmed"]:
         out.print(_why_nothing(outcome, summary), markup=False)
-    rows = table_rows(summary)
+    rows = search_rows(summary)
     if rows:
         note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
-        out.print(table(title, COLUMNS, rows, caption=note))
+        out.print(table(head, search_columns(summary), rows, caption=note))
     best = Path(summary["folder"]) / "best.yaml"
     if best.exists():
         out.print(f"best configuration: {best}", markup=False)
+    _print_link(out, summary, options)
+
+
+def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options) -> None:
+    """What a measurement found, on stdout: two tables a site, the verdicts, where it lies, the link to its runs."""
+    out = console(sys.stdout)
+    if outcome == "known":
+        out.print(f"{summary['study']} is finished; this is its result.", markup=False)
+    if outcome == "interrupted":
+        out.print("interrupted: the same command goes on from here. What is known by now:", markup=False)
+    counts = ", ".join(f"{n} {name}" for name, n in summary["runs"].items())
+    out.print(f"runs: {counts}", markup=False)
+    for site in summary["sites"]:
+        head = title(site["site"], summary)
+        out.print(table(head, curve_columns(site), curve_rows(site), texts=1, caption=unit_of(site["site"])))
+        out.print(table("", table_columns(site), table_rows(site), caption=note(summary)))
+    for line in verdict_lines(summary):
+        out.print(line, markup=False)
+    out.print(f"figures: {summary['folder']}", markup=False)
+    _print_link(out, summary, options)
+
+
+def _print_link(out: Console, summary: Mapping[str, Any], options: Options) -> None:
     where = f" --results {options.results}" if str(options.results) != "results" else ""
     if summary["link"] and options.tracking_uri and options.tracking_uri.startswith("http"):
         out.print(f"compare the runs: {summary['link']}", markup=False)

@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from bench import engine
-from bench.campaign import Campaign, Options, Ready, Share, trial_config
+from bench.campaign import Campaign, Ready, trial_config
 from bench.choices import check_choices
 from bench.config import StudyConfig, UserError
 from bench.files import read_yaml, write_yaml
-from bench.provenance import usable_cores
+from bench.place import Options, survey
 from bench.rows import RowFile
 from bench.space import Space
-from bench.stores import check_uri, embedded
 from bench.study import Study
 from bench.summary import headline
 from bench.tracking import Tracker
-from bench.trial import pick_device, prepare
 
 Outcome = Literal["done", "interrupted", "known"]
-
-
-def share_out(concurrent: int | None, device_type: str) -> Share:
-    """Cores, or GPUs, divided among the trials: on the CPU a trial per core, because one thread wastes nothing."""
-    cores = max(1, int(usable_cores()))
-    if device_type != "cuda":
-        trials = concurrent or cores
-        return Share(concurrent=trials, threads=max(1, cores // trials), gpus=0.0)
-    import torch
-
-    gpus = torch.cuda.device_count()
-    trials = concurrent or gpus
-    return Share(concurrent=trials, threads=max(1, cores // trials), gpus=min(1.0, gpus / trials))
-
-
-def study_name(rule: str, arch: str, dataset: str) -> str:
-    """The default name: what the study is about, in characters that every file system takes."""
-    kind, _, path = dataset.partition(":")
-    data = f"{kind}-{Path(path).name}" if path else kind
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}-{data}").strip("-.")
 
 
 def check(config: StudyConfig, space: Space, options: Options) -> Ready:
     """Everything that a search needs, tried out; UserError for what cannot work, before anything is written."""
     check_choices(config)
-    uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
-    if options.tracking_uri:
-        check_uri(uri)
-    device = pick_device(options.device).type
     lowest = trial_config(config, space.changes(space.corners()[0]))
-    data = prepare(lowest, data_dir=options.data_dir, device="cpu").data
-    return Ready(
-        config=config,
-        space=space,
-        options=options,
-        share=share_out(options.concurrent, device),
-        dataset=(data.name, data.digest),
-        chance=1.0 / data.classes,
-        control_key=f"{device} {data.digest}",
-        uri=uri,
-        artifacts=artifacts,
-    )
+    return Ready(config=config, space=space, place=survey(options, lowest))
 
 
 def search(
@@ -78,26 +40,26 @@ def search(
     "known": everything had been run before. ``watch`` gets the campaign and returns what is called about
     ten times a second.
     """
-    config, options, folder = ready.config, ready.options, ready.folder
+    config, place, folder = ready.config, ready.place, ready.folder
     distributions = ready.space.distributions()
-    with Study.open(folder, config, distributions, say=say, chance=ready.chance) as study:
+    with Study.open(folder, config, distributions, say=say, chance=place.chance) as study:
         identity = _write_config(ready)
-        spool = options.results / "spool"
-        with Tracker.open(uri=ready.uri, artifacts=ready.artifacts, spool=spool, say=say) as tracker:
+        spool = place.options.results / "spool"
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
             rows = RowFile(folder / "rows.jsonl", say=say)
-            controls = RowFile(options.results / "controls" / "rows.jsonl", say=say)
+            controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
             campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
             tags = {"bench.rule": config.rule, "bench.arch": config.arch, "bench.seed": config.seed}
             tracker.study(config.name, config=config.to_dict(), tags=tags, identity=identity)
-            tracker.dataset(*ready.dataset)
+            tracker.dataset(*place.dataset)
             campaign.record_known()
             outcome: Outcome = "known"
             if not campaign.complete:
                 outcome = engine.run(
                     campaign,
-                    concurrent=ready.share.concurrent,
-                    cpus_per_trial=ready.share.threads,
-                    gpus_per_trial=ready.share.gpus,
+                    concurrent=place.share.concurrent,
+                    cpus_per_trial=place.share.threads,
+                    gpus_per_trial=place.share.gpus,
                     log=folder / "ray.log",
                     say=say,
                     tick=None if watch is None else watch(campaign),
@@ -125,13 +87,13 @@ def _write_config(ready: Ready) -> str:
         raise UserError(
             f"study {config.name!r} has a budget of {known['trials']} trials; --trials may grow, not shrink."
         )
-    if before and before.get("runs_on") != ready.control_key:
+    if before and before.get("runs_on") != ready.place.key:
         raise UserError(
             f"study {config.name!r} was begun on {before.get('runs_on')!r} (device, digest of the data), and this is "
-            f"{ready.control_key!r}; use the same, or another --name."
+            f"{ready.place.key!r}; use the same, or another --name."
         )
     identity = str(before.get("id") or uuid.uuid4().hex)
-    write_yaml(path, {"id": identity, "runs_on": ready.control_key, "config": config.to_dict()})
+    write_yaml(path, {"id": identity, "runs_on": ready.place.key, "config": config.to_dict()})
     return identity
 
 

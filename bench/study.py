@@ -25,8 +25,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from bench.choices import PATIENCE, SCHEDULERS, check_choices, make_sampler
+from bench.choices import OBJECTIVES, PATIENCE, SCHEDULERS, check_choices, make_sampler
 from bench.config import StudyConfig, TrialResult, UserError
+from bench.front import spread
 from bench.journal import claim, mend
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -49,9 +50,14 @@ class Proposal:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Proposal):
-    """A trial that had its full budget, and its validation accuracy."""
+    """A trial that had its full budget, and what it reached in the study's objectives."""
 
-    value: float
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """In the first of them."""
+        return self.values[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +81,12 @@ class Study:
         """Use `Study.open`."""
         self.folder, self.config = folder, config
         self._distributions, self._chance, self._storage = dict(distributions), chance, storage
+        self._metrics = OBJECTIVES[config.objective].metrics
         self._pruner = SCHEDULERS[config.scheduler].make(config.epochs)
         self._study = optuna.create_study(
             storage=storage,
             study_name=config.name,
-            direction="maximize",
+            directions=["maximize"] * len(self._metrics),
             load_if_exists=True,
             sampler=RandomSampler(seed=0),  # never asked: see _propose
             pruner=self._pruner,
@@ -93,8 +100,8 @@ class Study:
         """Begin a study in ``folder``, or go on with the one there.
 
         ``distributions``: Optuna's, by parameter. ``chance``: the accuracy of guessing, which a diverged
-        trial counts as. A UserError if another process has the study open, if it was begun with other
-        settings, or if its journal is damaged.
+        trial counts as in every objective. A UserError if another process has the study open, if it was
+        begun with other settings, or if its journal is damaged.
         """
         check_choices(config)
         lock = claim(folder)
@@ -152,12 +159,16 @@ class Study:
         return Proposal(uid=uid, number=number, params=params)
 
     def report(self, uid: str, epoch: int, value: float) -> bool:
-        """Note the validation accuracy after an epoch; True: stop the trial here.
+        """Note the objective's metric after an epoch; True: stop the trial here.
 
         An epoch that was reported before (by a worker that went on from its checkpoint) is not noted again.
+        With two objectives nothing is stopped (Optuna's pruners compare one value), and so nothing is
+        noted: the answer is False.
         """
         if not math.isfinite(value):
             raise ValueError(f"{uid} reported {value} at epoch {epoch}; a diverged trial ends, and reports nothing.")
+        if len(self._metrics) > 1:
+            return False
         trial_id = self._trial_id(uid)
         trial = self._storage.get_trial(trial_id)
         if epoch >= trial.user_attrs.get("stop_at", math.inf):
@@ -178,19 +189,31 @@ class Study:
     def tell(self, uid: str, result: TrialResult) -> None:
         """Note what became of a trial.
 
-        finished: complete, with its val_acc. stopped: pruned. diverged: complete, at chance, so that the
-        sampler learns to keep away. failed (a bug): neither, but its place in the budget is used up.
+        finished: complete, with the objective's metrics (ValueError, and nothing noted, if one is missing or
+        not finite). stopped: pruned. diverged: complete, at chance, so that the sampler learns to keep away.
+        failed (a bug): neither, but its place in the budget is used up.
         """
         trial_id, number = self._trial_id(uid), self._number(uid)
+        values = self._values(uid, result)
         self._storage.set_trial_user_attr(trial_id, "status", result.status)
         if result.reason is not None:
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
-        if result.status == "finished":
-            self._study.tell(number, result.metrics["val_acc"])
-        elif result.status == "diverged":
-            self._study.tell(number, self._chance)
+        if values is not None:
+            self._study.tell(number, values)
         else:
             self._study.tell(number, state=TrialState.PRUNED if result.status == "stopped" else TrialState.FAIL)
+
+    def _values(self, uid: str, result: TrialResult) -> list[float] | None:
+        """What the trial is worth in each objective; None if it had no full budget."""
+        if result.status == "diverged":
+            return [self._chance] * len(self._metrics)
+        if result.status != "finished":
+            return None
+        missing = [name for name in self._metrics if not math.isfinite(result.metrics.get(name, math.nan))]
+        if missing:
+            need = f"which the objective {self.config.objective!r} is about"
+            raise ValueError(f"{uid} finished without a finite {' and '.join(missing)}, {need}.")
+        return [result.metrics[name] for name in self._metrics]
 
     def counts(self) -> Counts:
         """Trials by what became of them."""
@@ -207,31 +230,50 @@ class Study:
         )
 
     def best(self, n: int) -> list[Ranked]:
-        """The n best of the trials that had their full budget, best first; of equals, the earlier one."""
+        """The n best of the trials that had their full budget, best first; of equals, the earlier one.
+
+        With two objectives: n of their Pareto front, chosen by `bench.front.spread`, and in its order.
+        """
         whole = [t for t in self._trials() if t.state == TrialState.COMPLETE and not _diverged(t)]
-        ranked = sorted(whole, key=lambda t: (-t.value, t.number))[:n]
-        return [Ranked(uid=self._uid(t.number), number=t.number, params=dict(t.params), value=t.value) for t in ranked]
+        if len(self._metrics) > 1:
+            points = [(t.values[0], t.values[1]) for t in whole]
+            ranked = [whole[i] for i in spread(points, n, (self._chance, self._chance))]
+        else:
+            ranked = sorted(whole, key=lambda t: (-t.value, t.number))[:n]
+        return [
+            Ranked(uid=self._uid(t.number), number=t.number, params=dict(t.params), values=tuple(t.values))
+            for t in ranked
+        ]
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters for the next trial, and what the sampler wants kept with it (CMA-ES: its state).
 
-        The sampler sees a copy of the study in memory, with what `as_completed` makes of stopped trials.
+        The sampler sees a copy of the study in memory, with what `as_completed` makes of stopped trials
+        (with two objectives there are none).
         """
         number = len(trials)
         seed = random.Random(f"{self.config.seed}:{number}").randrange(2**31)
-        copy = optuna.create_study(direction="maximize", sampler=make_sampler(self.config.sampler, seed, self.budget))
-        copy.add_trials(as_completed(trials, self._chance))
+        sampler = make_sampler(self.config.sampler, seed, self.budget)
+        copy = optuna.create_study(directions=self._study.directions, sampler=sampler)
+        copy.add_trials(trials if len(self._metrics) > 1 else as_completed(trials, self._chance))
         params = dict(copy.ask(self._distributions).params)
         state = copy.get_trials(deepcopy=False)[number].system_attrs
         return params, {key: value for key, value in state.items() if key.startswith("cma:")}
 
     def _check_settings(self) -> None:
+        """Keep the settings with the study; a UserError if it was begun with others."""
         now = {key: value for key, value in self.config.to_dict().items() if key not in MAY_CHANGE}
         now["distributions"] = {name: distribution_to_json(d) for name, d in self._distributions.items()}
         before = self._study.user_attrs.get("settings")
-        if before is None:
+        if before is None and len(self._study.directions) == len(self._metrics):
             self._study.set_user_attr("settings", now)
-        elif changed := [f"{k} was {v}, is now {now.get(k)}" for k, v in before.items() if now.get(k) != v]:
+            return
+        if before is None:  # killed after its first line, a journal says only how many objectives there are
+            several = len(self._study.directions) > 1
+            before = {"objective": " or ".join(o.name for o in OBJECTIVES.values() if (len(o.metrics) > 1) == several)}
+        else:  # an older release did not know this setting
+            before = {"objective": StudyConfig.objective, **before}
+        if changed := [f"{k} was {v}, is now {now.get(k)}" for k, v in before.items() if now.get(k) != v]:
             begun = f"study {self.config.name!r} was begun with other settings ({'; '.join(changed)})"
             raise UserError(f"{begun}; use those to go on with it, or another --name.")
 

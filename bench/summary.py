@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig
+from bench.front import pareto_front
 from bench.rows import Row
 from bench.statistics import Estimate, estimate, paired_difference, verdict
 
@@ -13,6 +15,13 @@ from bench.statistics import Estimate, estimate, paired_difference, verdict
 UPDATES = {
     name: getattr(TrialConfig, name) for name in ("feedback_lr_factor", "feedback_every", "feedback_warmup_epochs")
 }
+
+#: What of a run is estimated over seeds, and what of it is compared with the reference.
+ESTIMATED = ("val_acc", "val_area", "test_acc", "test_top5", "test_area", "angle", "dx_angle", "train_seconds")
+COMPARED = ("val_acc", "test_acc", "test_area")
+
+#: What a search for robustness measures, as its recipe says.
+NOISE = ("noise_site", "noise_levels", "noise_draws")
 
 #: The control that every rule is compared with.
 REFERENCE = "backprop"
@@ -43,10 +52,10 @@ def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
         "diverged": sum(row["status"] == "diverged" for row in rows),
         "failed": sum(row["status"] == "failed" for row in rows),
     }
-    for name in ("val_acc", "test_acc", "test_top5", "angle", "dx_angle", "train_seconds"):
+    for name in ESTIMATED:
         values = [row["metrics"][name] for row in measured if name in row["metrics"]]
         found[name] = estimate(values).to_dict() if values else None
-    for name in ("val_acc", "test_acc"):
+    for name in COMPARED:
         found[f"{name}_versus_{REFERENCE}"] = _versus(_by_seed(measured, name), _by_seed(reference, name))
     return found
 
@@ -54,10 +63,17 @@ def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
 def summarize(
     config: StudyConfig, searched: Sequence[Row], confirmed: Sequence[Row], controls: Sequence[Row]
 ) -> dict[str, Any]:
-    """What `bench search` prints and records. The best confirmed configuration, by validation mean, is the first."""
+    """What `bench search` prints and records. The best confirmed configuration, by validation mean, is the first.
+
+    With two objectives ``front`` says of each whether it is on the Pareto front of the confirmed means (validation);
+    the order is by accuracy.
+    """
     reference = [row for row in (*controls, *confirmed) if row["config"]["rule"] == REFERENCE]
     entries = [entry(rows, reference) for rows in by_configuration(confirmed)]
-    entries.sort(key=lambda e: -(e["val_acc"] or {"mean": -1.0})["mean"])
+    objectives = OBJECTIVES[config.objective].metrics
+    entries.sort(key=lambda e: -(e[objectives[0]] or {"mean": -1.0})["mean"])
+    if len(objectives) > 1:
+        _mark_front(entries, objectives)
     status = [row["status"] for row in searched]
     return {
         "study": config.name,
@@ -66,38 +82,70 @@ def summarize(
         "dataset": config.dataset,
         "trials": {name: status.count(name) for name in ("finished", "stopped", "diverged", "failed")},
         "epochs": config.epochs,
-        "search_best_val_acc": max(
-            (r["metrics"]["val_acc"] for r in searched if r["status"] == "finished"), default=None
-        ),
+        "objective": config.objective,
+        "noise": {name: config.recipe[name] for name in NOISE if name in config.recipe},
+        **{
+            f"search_best_{name}": max(
+                (r["metrics"][name] for r in searched if r["status"] == "finished"), default=None
+            )
+            for name in dict.fromkeys(("val_acc", *objectives))
+        },
         "confirmed": entries,
         "controls": [entry(rows, reference) for rows in by_configuration(controls)],
     }
 
 
+def _best(searched: Iterable[Row], name: str) -> float | None:
+    return max((row["metrics"][name] for row in searched if row["status"] == "finished"), default=None)
+
+
+def _mark_front(entries: Sequence[dict[str, Any]], objectives: Sequence[str]) -> None:
+    measured = [e for e in entries if all(e[name] for name in objectives)]
+    front = pareto_front([(e[objectives[0]]["mean"], e[objectives[1]]["mean"]) for e in measured])
+    for place, e in enumerate(measured):
+        e["front"] = place in front
+
+
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     """The study's own numbers, for its parent run in MLflow."""
     found = {f"trials_{name}": float(count) for name, count in summary["trials"].items()}
-    if summary["search_best_val_acc"] is not None:
-        found["search_best_val_acc"] = summary["search_best_val_acc"]
+    for name in ("search_best_val_acc", "search_best_val_area"):
+        if summary.get(name) is not None:
+            found[name] = summary[name]
     if summary["confirmed"]:
         best = summary["confirmed"][0]
-        for name in ("val_acc", "test_acc", "angle"):
+        for name in ("val_acc", "val_area", "test_acc", "test_area", "angle"):
             if best[name]:
                 found[name] = best[name]["mean"]
                 found[f"{name}_n"] = float(best[name]["n"])
                 if best[name]["sd"] is not None:
                     found[f"{name}_sd"] = best[name]["sd"]
-        if best[f"test_acc_versus_{REFERENCE}"]:
-            found[f"test_acc_versus_{REFERENCE}"] = best[f"test_acc_versus_{REFERENCE}"]["mean"]
+        for name in ("test_acc", "test_area"):
+            if best[f"{name}_versus_{REFERENCE}"]:
+                found[f"{name}_versus_{REFERENCE}"] = best[f"{name}_versus_{REFERENCE}"]["mean"]
     return found
 
 
 COLUMNS = ("rule", "coefficients", "val %", "test %", "n", "angle °", "seconds", f"test − {REFERENCE}, points [95 %]")
+#: Further columns of a search for robustness: areas, in % of accuracy.
+AREA_COLUMNS = ("val area", "test area", f"test area − {REFERENCE}, points [95 %]")
+
+
+def columns(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The headings of `table_rows`."""
+    front = ("front",) if summary["objective"] == "both" else ()
+    return COLUMNS + (AREA_COLUMNS + front if summary["objective"] != "accuracy" else ())
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the table with `COLUMNS`: the confirmed configurations, then the controls."""
-    return [_cells(e) for e in (*summary["confirmed"], *summary["controls"])]
+    """The cells of the table: the confirmed configurations, then the controls."""
+    entries = (*summary["confirmed"], *summary["controls"])
+    cells = [_cells(e) for e in entries]
+    if summary["objective"] != "accuracy":
+        cells = [(*row, *_area_cells(e)) for row, e in zip(cells, entries, strict=True)]
+    if summary["objective"] == "both":
+        cells = [(*row, "●" if e.get("front") else "") for row, e in zip(cells, entries, strict=True)]
+    return cells
 
 
 def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -105,7 +153,6 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     updates = {name: found["config"][name] for name in UPDATES if found["config"][name] != UPDATES[name]}
     coefficients += [f"{name} {value:.2g}" for name, value in updates.items()]
     lost = [f"{found[name]} {name}" for name in ("diverged", "failed") if found[name]]
-    versus = found[f"test_acc_versus_{REFERENCE}"]
     return (
         found["rule"],
         ", ".join(coefficients) or "–",
@@ -114,8 +161,17 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
         ", ".join([str(len(found["seeds"])), *lost]),
         _spread(found["angle"], 1),
         _spread(found["train_seconds"], 1),
-        "–" if versus is None or found["rule"] == REFERENCE else _difference(versus, len(found["seeds"])),
+        _versus_cell(found, "test_acc"),
     )
+
+
+def _area_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
+    return _spread(found["val_area"], 100), _spread(found["test_area"], 100), _versus_cell(found, "test_area")
+
+
+def _versus_cell(found: Mapping[str, Any], name: str) -> str:
+    versus = found[f"{name}_versus_{REFERENCE}"]
+    return "–" if versus is None or found["rule"] == REFERENCE else _difference(versus, len(found["seeds"]))
 
 
 def _spread(value: Mapping[str, Any] | None, scale: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
-from rich.console import Console
+from rich.console import Console as Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text

@@ -23,6 +23,8 @@ from bench.stores import check_uri, shown
 
 #: The longest value of a parameter or tag that older servers take too, in characters.
 _LONGEST = 5000
+#: MLflow's steps are whole numbers; the levels of noise and of attacks are not.
+STEPS_PER_LEVEL = 1_000_000
 
 
 class Tracker:
@@ -96,10 +98,17 @@ class Tracker:
         tags = {"bench.dataset": name, "bench.dataset_digest": digest}
         self._put("dataset", dataset=self._dataset, tags=self._tags(tags))
 
-    def start(self, uid: str, kind: Kind, config: TrialConfig, tags: Mapping[str, Any] | None = None) -> None:
-        """A run begins, or goes on: one with this uid is reopened."""
+    def start(
+        self,
+        uid: str,
+        kind: Kind,
+        config: TrialConfig,
+        tags: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A run begins, or goes on: one with this uid is reopened. ``evaluation``: as in TrialResult."""
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
-        self._put("start", **self._described(uid, kind, config, more))
+        self._put("start", **self._described(uid, kind, config, evaluation or {}, more))
         self._open.add(uid)
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -125,7 +134,7 @@ class Tracker:
         result = result_of(row)
         ended = self._ended(result, {} if row["study"] == self._study else {"bench.from_study": row["study"]})
         more = {**ended.pop("tags"), "bench.git_revision": result.provenance.get("git_revision")}
-        self._put("record", **self._described(uid, kind, result.config, more), **ended)
+        self._put("record", **self._described(uid, kind, result.config, result.evaluation, more), **ended)
 
     def interrupt(self) -> None:
         """End all open runs as interrupted (KILLED); ``start`` with the same uid reopens one."""
@@ -138,6 +147,11 @@ class Tracker:
         kept, dropped = _finite(metrics)
         tags = {"bench.not_finite": ", ".join(dropped)} if dropped else {}
         self._put("headline", metrics=kept, tags=tags)
+
+    def curve(self, name: str, points: Mapping[float, float]) -> None:
+        """A curve of the study: the metric ``name`` on the parent run, at step = level · 10⁶ (MLflow's are whole)."""
+        kept, _ = _finite({str(round(level * STEPS_PER_LEVEL)): value for level, value in points.items()})
+        self._put("curve", metric=name, points=kept)
 
     def artifacts(self, paths: Iterable[Path]) -> None:
         """Files and folders for the parent run; they are read when they are delivered."""
@@ -188,13 +202,27 @@ class Tracker:
     def _tags(self, tags: Mapping[str, Any]) -> dict[str, str]:
         return _texts({"bench.study": self._study, **{k: v for k, v in tags.items() if v is not None}})
 
-    def _described(self, uid: str, kind: Kind, config: TrialConfig, more: Mapping[str, Any]) -> dict[str, Any]:
+    def _described(
+        self, uid: str, kind: Kind, config: TrialConfig, evaluation: Mapping[str, Any], more: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """What a run is: parameters, tags and data set."""
         names = ("rule", "arch", "dataset", "seed")
         tags = {"bench.uid": uid, "bench.kind": kind, **{f"bench.{n}": getattr(config, n) for n in names}, **more}
-        what = {"params": _texts(config.to_dict()), "tags": self._tags(tags), "dataset": self._dataset}
-        # MLflow's table shows some twenty letters of a name: the study's, first, would hide the run's.
-        return {"uid": uid, "name": f"{kind} {uid.removeprefix(f'{self._study}-')} · {self._study}", **what}
+        params = config.to_dict() | ({"evaluation": dict(evaluation)} if evaluation else {})
+        what = {"params": _texts(params), "tags": self._tags(tags), "dataset": self._dataset}
+        return {"uid": uid, "name": self._run_name(uid, kind, config, evaluation), **what}
+
+    def _run_name(self, uid: str, kind: Kind, config: TrialConfig, evaluation: Mapping[str, Any]) -> str:
+        """What tells a run from its neighbours, first: MLflow's table shows some twenty letters of a name."""
+        if kind == "robustness":
+            site, level = evaluation.get("site", "update"), evaluation.get("level", config.update_noise)
+            through = " through B" if evaluation.get("gradient") == "feedback" else ""
+            own = f"{config.rule} {site}{through} {level:g} seed {config.seed}"
+        elif kind in ("confirm", "control"):
+            own = f"{kind} {config.rule} seed {config.seed}"
+        else:
+            own = f"{kind} {uid.removeprefix(f'{self._study}-')}"
+        return f"{own} · {self._study}"
 
     def _ended(self, result: TrialResult, more: Mapping[str, Any]) -> dict[str, Any]:
         """How a run ended: outcome, metrics, history and tags."""

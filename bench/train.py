@@ -12,7 +12,8 @@ from bench.config import TrialConfig, digest
 from bench.rows import RowFile, row
 from bench.stores import embedded
 from bench.tracking import Tracker
-from bench.trial import alignment, pick_device, prepare, resume, run_trial, score
+from bench.training import pick_device, prepare
+from bench.trial import alignment, resume, run_trial, score
 
 #: The study under which single runs are filed; they are no part of any search.
 STUDY = "train"

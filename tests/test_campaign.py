@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench.campaign import Campaign, Options, Ready, Share
+from bench.campaign import Campaign, Ready
 from bench.config import StudyConfig, TrialResult
 from bench.engine import WAIT, Task
+from bench.place import Options, Place, Share
 from bench.rows import RowFile
 from bench.space import load_space
 from bench.study import Study
@@ -31,17 +32,17 @@ def campaign(folder: Path, *, name: str = "s", trials: int = 2, **changes: Any) 
     config = StudyConfig(
         name=name, rule="sparse", arch="resnet18", dataset="digits", trials=trials, epochs=2, confirm_seeds=1, **changes
     )
-    ready = Ready(
-        config=config,
-        space=SPACE,
+    place = Place(
         options=Options(results=folder),
         share=Share(concurrent=2, threads=1, gpus=0.0),
         dataset=("digits", "0"),
+        examples={"train": 8, "val": 1, "test": 2},
         chance=0.1,
-        control_key="cpu 0",
+        key="cpu 0",
         uri="",
         artifacts=None,
     )
+    ready = Ready(config=config, space=SPACE, place=place)
     study = Study.open(ready.folder, config, SPACE.distributions(), say=print, chance=0.1)
     rows, controls = RowFile(ready.folder / "rows.jsonl"), RowFile(folder / "controls" / "rows.jsonl")
     return Campaign(ready, study, Silent(), rows=rows, controls=controls)  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def test_trials_then_controls_while_trials_run_then_confirmations(tmp_path: Path
     confirm = source.next()
     assert confirm.config.coefficients == first.config.coefficients
     assert confirm.config.seed == 1000
-    assert (first.options["read_test"], confirm.options["read_test"]) == (False, True)
+    assert (first.options.get("read_test", False), confirm.options["read_test"]) == (False, True)
     for task in (*controls, confirm):
         finish(source, task, 0.6)
     assert source.next() is None

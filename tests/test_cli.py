@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli import BAD_INPUT, main, parse_settings
+from bench.cli import main
 from bench.config import UserError
+from bench.verbs.common import BAD_INPUT, parse_settings
 
 
 @pytest.fixture

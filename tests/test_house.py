@@ -35,21 +35,28 @@ FLOORS = {
     "stores": 0,
     "delivery": 0,
     "learning.ops": 0,
+    "front": 0,
     "learning.primitives": 1,
     "learning.rules": 1,
     "statistics": 1,
     "terminal": 1,
     "recipes": 1,
+    "checkpoint": 1,
+    "noise": 1,
+    "curves": 1,
+    "robustness_summary": 2,
     "learning.layers": 3,
+    "robustness_words": 3,
     "learning.convert": 4,
     "learning.learner": 4,
     "evaluators": 4,
-    "trial": 5,
     "space": 5,
     "rows": 5,
     "mlflow_store": 5,
-    "tracking": 6,
     "choices": 5,
+    "training": 5,
+    "trial": 6,
+    "tracking": 6,
     "study": 6,
     "summary": 6,
     "engine": 7,
@@ -57,18 +64,29 @@ FLOORS = {
     "train": 7,
     "ui": 7,
     "doctor": 7,
-    "campaign": 8,
-    "search": 9,
-    "present": 9,
-    "checkpoint": 1,
-    "cli": 10,
+    "place": 7,
+    "probe": 7,
+    "figures": 7,
+    "runs": 8,
+    "campaign": 9,
+    "robustness_plan": 9,
+    "search": 10,
+    "robustness": 10,
+    "present": 11,
+    "verbs": 12,
+    "cli": 13,
 }
 GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 
 #: Whoever else wants one of these asks its owner.
 OWNERS: dict[str, tuple[str, ...]] = {
-    "torch": ("learning", "models", "datasets", "evaluators", "checkpoint", "trial", "provenance", "doctor", "search"),
-    "numpy": ("datasets",),
+    "torch": (
+        *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
+        *("provenance", "doctor", "place"),
+    ),
+    "numpy": ("datasets", "evaluators"),
+    "art": ("evaluators",),
+    "matplotlib": ("figures",),
     "ray": ("engine",),
     "optuna": ("study", "choices", "space"),
     "mlflow": ("mlflow_store",),
@@ -84,7 +102,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
 #: Comes inside another package.
 VENDORED = {"psutil": "ray"}
 #: Distributions that are imported under another name.
-IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "adversarial-robustness-toolbox": "art"}
 #: Imported by name, when a user asks for a network of theirs.
 BY_NAME = ("torchvision", "timm")
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from bench.campaign import confirm_seeds
-from bench.config import StudyConfig
-from bench.search import share_out, study_name
+from bench.config import study_name, StudyConfig
+from bench.place import share_out
 
 QUICK = [
     *("--arch", "lenet", "--epochs", "2", "--confirm-seeds", "2", "--concurrent", "2", "--scheduler", "none"),

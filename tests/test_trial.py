@@ -15,7 +15,8 @@ from bench import trial as module
 from bench.checkpoint import read_checkpoint
 from bench.config import TrialConfig, UserError
 from bench.learning.layers import asymmetric_layers
-from bench.trial import alignment, lr_factor, prepare, run_trial, train_epoch, who_learns
+from bench.training import lr_factor, prepare, train_epoch, who_learns
+from bench.trial import alignment, run_trial
 
 VOLATILE = {"seconds", "epoch_seconds", "train_seconds"}
 

@@ -1,0 +1,82 @@
+"""Where runs run: the machine, its share for each, the data and the stores, tried out before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.config import TrialConfig
+from bench.provenance import usable_cores
+from bench.stores import check_uri, embedded
+from bench.training import pick_device, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a command runs; none of it is part of what is found. ``concurrent``: None is one trial per core (or GPU)."""
+
+    results: Path = Path("results")
+    data_dir: str | None = None
+    device: str = "auto"
+    concurrent: int | None = None
+    tracking_uri: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one of ``concurrent`` trials has of the machine."""
+
+    concurrent: int
+    threads: int
+    gpus: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where runs run, and on what: tried out, so that nothing of it can be refused any more.
+
+    ``dataset``: name and digest. ``chance``: the accuracy of guessing. ``key``: device and data, in which the same
+    configuration gives the same result. ``uri`` and ``artifacts``: MLflow's.
+    """
+
+    options: Options
+    share: Share
+    dataset: tuple[str, str]
+    examples: Mapping[str, int]
+    chance: float
+    key: str
+    uri: str
+    artifacts: Path | None
+
+
+def share_out(concurrent: int | None, device_type: str) -> Share:
+    """Cores, or GPUs, divided among the trials: on the CPU a trial per core, because one thread wastes nothing."""
+    cores = max(1, int(usable_cores()))
+    if device_type != "cuda":
+        trials = concurrent or cores
+        return Share(concurrent=trials, threads=max(1, cores // trials), gpus=0.0)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    trials = concurrent or gpus
+    return Share(concurrent=trials, threads=max(1, cores // trials), gpus=min(1.0, gpus / trials))
+
+
+def survey(options: Options, config: TrialConfig) -> Place:
+    """The place of runs such as ``config``; UserError for what cannot work, before anything is written."""
+    uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
+    if options.tracking_uri:
+        check_uri(uri)
+    device = pick_device(options.device).type
+    data = prepare(config, data_dir=options.data_dir, device="cpu").data
+    return Place(
+        options=options,
+        share=share_out(options.concurrent, device),
+        dataset=(data.name, data.digest),
+        examples={str(split): count for split, count in data.sizes.items()},
+        chance=1.0 / data.classes,
+        key=f"{device} {data.digest}",
+        uri=uri,
+        artifacts=artifacts,
+    )

@@ -1,0 +1,104 @@
+"""One run of a measurement of robustness, in a worker: a training, or one evaluation of a trained network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.checkpoint import load_weights, read_checkpoint
+from bench.config import TrialConfig, TrialResult
+from bench.evaluators.accuracy import BATCH
+from bench.evaluators.adversarial import ATTACKS, adversarial_accuracy
+from bench.evaluators.robustness import noisy_accuracy
+from bench.training import Trial, prepare
+from bench.trial import Report, provenance_of, run_trial
+
+
+def run_probe(
+    config: TrialConfig,
+    report: Report | None = None,
+    *,
+    network: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TrialResult:
+    """Train (``evaluation`` is None: `run_trial` with ``options``), or evaluate the network kept in this checkpoint.
+
+    A network that is not there, or not to its last epoch, is trained first. The result of an evaluation has
+    ``test_acc`` (the mean over draws; of an attack: over the attacked examples), ``test_acc_se`` (its standard error
+    over draws) and how many draws or examples it is from.
+    """
+    if evaluation is None or network is None:
+        return run_trial(config, report, **options)
+    started = time.perf_counter()
+    where = {name: options[name] for name in ("data_dir", "device") if name in options}
+    path = Path(network)
+    if not path.exists() or read_checkpoint(path)["epoch"] < config.epochs:
+        trained = run_trial(config, report, **{**options, "checkpoint": network})
+        if trained.status == "diverged":
+            chance = {k: v for k, v in trained.metrics.items() if k == "val_acc"}["val_acc"]
+            return TrialResult(
+                config=config,
+                status="diverged",
+                reason=trained.reason,
+                metrics={"test_acc": chance},
+                evaluation=dict(evaluation),
+                provenance=trained.provenance,
+            )
+    elif threads := options.get("threads"):
+        torch.set_num_threads(threads)
+    trial = prepare(config, **where)
+    load_weights(path, trial.model, read_checkpoint(path, trial.device)["model"])
+    with trial.autocast():
+        metrics = _attacked(trial, evaluation) if evaluation["site"] in ATTACKS else _noisy(trial, evaluation)
+    return TrialResult(
+        config=config,
+        status="finished",
+        metrics=metrics,
+        evaluation=dict(evaluation),
+        provenance=provenance_of(trial, time.perf_counter() - started),
+    )
+
+
+def _noisy(trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, float]:
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        return trial.data.batches("test", BATCH, device=trial.device)
+
+    found = noisy_accuracy(
+        trial.model,
+        batches,
+        trial.data.normalize,
+        site=evaluation["site"],
+        level=evaluation["level"],
+        draws=evaluation["draws"],
+        seed=trial.config.seed,
+        clip=evaluation.get("clip", False),
+    )
+    spread = {} if found.se is None else {"test_acc_se": found.se}
+    return {"test_acc": found.mean, **spread, "draws": float(found.draws)}
+
+
+def _attacked(trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """On the same examples for every rule and level: a sample of the test split by the split's own seed."""
+    count = min(evaluation["attacked"], trial.data.sizes["test"])
+    pixels, labels = next(
+        iter(trial.data.batches("test", count, device=trial.device, seed=trial.config.split_seed, epoch=0))
+    )
+    more = {"queries": evaluation["queries"]} if "queries" in evaluation else {}
+    found = adversarial_accuracy(
+        trial.model,
+        pixels,
+        labels,
+        trial.data.normalize,
+        attack=evaluation["site"],
+        level=evaluation["level"],
+        gradient=evaluation["gradient"],
+        seed=trial.config.seed,
+        **more,
+    )
+    return {"test_acc": found.accuracy, "examples": float(found.n)}

@@ -1,0 +1,319 @@
+"""`bench robustness`: how rules stand noise in their training, and noise or attacks after it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench import engine
+from bench.config import TrialConfig
+from bench.evaluators.adversarial import ATTACKS
+from bench.figures import robustness_figure
+from bench.files import read_yaml, write_atomic, write_yaml
+from bench.journal import claimed
+from bench.noise import SITES
+from bench.place import Options, Place, survey
+from bench.robustness_plan import REFERENCE, Network, Plan, Probe, RobustnessConfig
+from bench.robustness_summary import Point, summarize
+from bench.rows import Row, RowFile
+from bench.runs import Planned, Runs
+from bench.tracking import Tracker
+
+Outcome = Literal["done", "interrupted", "known"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A measurement of which nothing can be refused any more, as far as one can know before it begins."""
+
+    config: RobustnessConfig
+    plan: Plan
+    place: Place
+
+    @property
+    def folder(self) -> Path:
+        return self.place.options.results / self.config.name
+
+
+class Robustness(Runs):
+    """The source of all runs of one measurement (an `engine.Source`), and the keeper of its rows."""
+
+    def __init__(self, ready: Ready, tracker: Tracker, rows: RowFile) -> None:
+        super().__init__(ready.config.name, ready.place, tracker, {"robustness": rows})
+        self._plan = ready.plan
+        self._trainings = ready.plan.trainings()
+        self._probes = ready.plan.probes()
+        self._networks = {network.uid: network for network in ready.plan.networks}
+
+    # --- what there is to run
+
+    def _diverged(self, network: Network) -> Row | None:
+        """The row of a training that diverged: of such a network there is nothing to evaluate."""
+        known = self._row_of(network.uid)
+        return known if known is not None and known["status"] == "diverged" else None
+
+    def _trained(self, network: Network) -> bool:
+        known = self._row_of(network.uid)
+        return network.given or (known is not None and known["status"] == "finished")
+
+    def _evaluations(self) -> dict[str, Planned]:
+        """Those that there is something to evaluate for."""
+        return {
+            uid: self._plan.planned(probe)
+            for uid, probe in self._probes.items()
+            if not self._diverged(probe.network) and not self._lost(probe.network)
+        }
+
+    def _lost(self, network: Network) -> bool:
+        """Its training failed in this very start."""
+        known = self._row_of(network.uid)
+        return known is not None and known["status"] == "failed" and self._next_attempt(network.uid) is None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to run."""
+        return not (any(self._open(self._trainings)) or any(self._open(self._evaluations())))
+
+    # --- engine.Source
+
+    def next(self) -> engine.Task | engine.Wait | None:
+        for uid, plan in self._ready():
+            return self._task(uid, plan)
+        return None if self.complete and not self._running else engine.WAIT
+
+    def _ready(self) -> Iterator[tuple[str, Planned]]:
+        """The networks first, then what becomes of them, then the long row of noisy trainings."""
+        networks = {uid: plan for uid, plan in self._trainings.items() if uid in self._networks}
+        yield from self._open(networks)
+        for uid, plan in self._open(self._evaluations()):
+            network = self._probes[_base(uid, self._probes)].network
+            # a network whose file was removed is trained again, by one of its evaluations
+            if self._trained(network) and (network.path.exists() or not self._busy(network)):
+                yield uid, plan
+        yield from self._open(self._trainings)
+
+    def _busy(self, network: Network) -> bool:
+        return any(run.plan.config == network.config for run in self._running.values())
+
+    def _checkpoint(self, uid: str) -> Path:
+        base = _base(uid, self._trainings)
+        if base in self._networks and self._plan.evaluates:
+            return self._networks[base].path.absolute()
+        return super()._checkpoint(uid)
+
+    def _task(self, uid: str, plan: Planned) -> engine.Task:
+        if plan.evaluation:
+            return super()._task(uid, plan)
+        return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))
+
+    def _tidy(self, uid: str) -> None:
+        if _base(uid, self._trainings) not in self._networks or not self._plan.evaluates:
+            super()._tidy(uid)
+
+    # --- what is known
+
+    def rows(self) -> list[Row]:
+        """The rows of this plan, and of no other that was run in the same folder."""
+        return [*self._rows_of(self._trainings), *self._rows_of(dict.fromkeys(self._probes))]  # type: ignore[arg-type]
+
+    def record_known(self) -> None:
+        """Tell MLflow what an earlier start left as rows."""
+        for known in self.rows():
+            self._tracker.record(known["uid"], known["kind"], known)
+
+    def points(self) -> list[Point]:
+        """What is known, one point for each rule, seed, curve and level."""
+        return [*self._update_points(), *self._probe_points()]
+
+    def _update_points(self) -> Iterator[Point]:
+        levels = self._plan.config.levels.get("update", ())
+        for network in self._plan.networks if levels else ():
+            for level in (0.0, *levels):
+                uid, _ = self._plan.noisy(network, level)
+                if (known := self._row_of(uid)) is not None:
+                    yield _point("update", network, level, known)
+
+    def _probe_points(self) -> Iterator[Point]:
+        for uid, probe in self._probes.items():
+            known = self._diverged(probe.network) or self._row_of(uid)
+            if known is not None:
+                yield from (_point(curve, probe.network, probe.level, known) for curve in probe.curves)
+
+    def summary(self) -> dict[str, Any]:
+        """The curves and verdicts of `bench.robustness_summary`, and what they are of."""
+        config, first = self._plan.config, self._plan.networks[0].config
+        attacked = min(config.attacked, self._place.examples["test"])
+        attacks = _attack_curves(self._probes)
+        noise = [p for p in self.points() if p.site not in attacks]
+        hits = [p for p in self.points() if p.site in attacks]
+        tested = self._place.examples["test"]
+        found = summarize(noise, chance=self._place.chance, tested=tested, reference=REFERENCE)
+        symbols = dict.fromkeys(attacks, "ε")
+        under = summarize(hits, chance=self._place.chance, tested=attacked, reference=REFERENCE, symbols=symbols)
+        rows = self.rows()
+        return {
+            "study": config.name,
+            "arch": first.arch,
+            "dataset": first.dataset,
+            "epochs": first.epochs,
+            "seeds": self._plan.seeds,
+            "runs": {s: [r["status"] for r in rows].count(s) for s in ("finished", "diverged", "failed")},
+            "coefficients": {rule: values.get("coefficients", {}) for rule, values in config.rules.items()},
+            **found,
+            "sites": found["sites"] + under["sites"],
+        }
+
+    def outlook(self) -> str:
+        """What there is to do, in one line."""
+        trainings, evaluations = len(self._trainings), len(self._probes)
+        epochs = self._plan.networks[0].config.epochs
+        return f"{trainings} trainings of {epochs} epochs, {evaluations} evaluations"
+
+    def render(self) -> str:
+        """The live display: a line for the whole, and one for each run under way."""
+        evaluations = self._evaluations()
+        trained, evaluated = self._settled(self._trainings), self._settled(evaluations)
+        parts = [f"{trained}/{len(self._trainings)} trainings"]
+        if evaluations:
+            parts.append(f"{evaluated}/{len(evaluations)} evaluations")
+        status = [r["status"] for r in self._rows_of(self._trainings)]
+        parts += [f"{n} {what}" for what in ("diverged", "failed") if (n := status.count(what))]
+        parts.append(self._time(len(self._trainings) - trained))
+        return "\n".join([f"{self._name}: " + " · ".join(parts), *self._lines()])
+
+
+def _base(uid: str, known: Mapping[str, Any]) -> str:
+    """The uid of a run's first attempt."""
+    return uid if uid in known else uid.rpartition(".")[0]
+
+
+def _attack_curves(probes: Mapping[str, Probe]) -> set[str]:
+    return {curve for probe in probes.values() if probe.evaluation["site"] in ATTACKS for curve in probe.curves}
+
+
+def _point(curve: str, network: Network, level: float, known: Row) -> Point:
+    metrics = known["metrics"]
+    return Point(
+        site=curve,
+        rule=network.config.rule,
+        seed=network.config.seed,
+        level=level,
+        accuracy=metrics.get("test_acc"),
+        status=known["status"],
+        se=metrics.get("test_acc_se"),
+        draws=int(metrics.get("draws", 1)),
+    )
+
+
+def unit_of(curve: str) -> str:
+    """What the levels of this curve are in."""
+    site = curve.removesuffix(" through B")
+    return SITES[site].unit if site in SITES else ATTACKS[site].unit
+
+
+def prepare_measurement(
+    config: RobustnessConfig, options: Options, given: Sequence[tuple[TrialConfig, Path]] = ()
+) -> Ready:
+    """Everything that it needs, tried out; UserError for what cannot work, before anything is written."""
+    rules = [TrialConfig.from_dict(values) for values in config.rules.values()]
+    for rule in rules:
+        place = survey(options, rule)
+    folder = options.results / config.name
+    return Ready(config=config, plan=Plan(config, key=place.key, folder=folder, given=given), place=place)
+
+
+def measure(
+    ready: Ready,
+    *,
+    say: Callable[[str], None],
+    watch: Callable[[Robustness], Callable[[], None]] | None = None,
+    keep_networks: bool = False,
+) -> tuple[Outcome, dict[str, Any]]:
+    """Run the measurement to its end, or go on with it; the summary of what is known by then.
+
+    "known": everything had been run before. The networks are removed at the end, unless they are to be kept.
+    """
+    place, folder, name = ready.place, ready.folder, ready.config.name
+    with claimed(folder):
+        identity = _write_config(ready)
+        spool = place.options.results / "spool"
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
+            source = Robustness(ready, tracker, RowFile(folder / "rows.jsonl", say=say))
+            first = ready.plan.networks[0].config
+            tags = {"bench.arch": first.arch, "bench.rules": ",".join(ready.config.rules)}
+            tracker.study(name, config=ready.config.to_dict(), tags=tags, identity=identity)
+            tracker.dataset(*place.dataset)
+            source.record_known()
+            outcome: Outcome = "known"
+            if not source.complete:
+                outcome = engine.run(
+                    source,
+                    trial="bench.probe:run_probe",
+                    concurrent=place.share.concurrent,
+                    cpus_per_trial=place.share.threads,
+                    gpus_per_trial=place.share.gpus,
+                    log=folder / "ray.log",
+                    say=say,
+                    tick=None if watch is None else watch(source),
+                )
+            if outcome != "interrupted" and not keep_networks:
+                shutil.rmtree(folder / "networks", ignore_errors=True)
+            summary = source.summary()
+            _record(tracker, summary, folder)
+            tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
+            return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
+
+
+def _write_config(ready: Ready) -> str:
+    """Keep the plan with its results; the id by which MLflow tells this measurement from others of its name."""
+    path = ready.folder / "robustness.yaml"
+    before = read_yaml(path) if path.exists() else {}
+    identity = str(before.get("id") or uuid.uuid4().hex)
+    write_yaml(path, {"id": identity, "runs_on": ready.place.key, "config": ready.config.to_dict()})
+    return identity
+
+
+def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path) -> None:
+    """The curves, the figures and the numbers of the whole, on the parent run."""
+    files = [folder / "robustness.yaml", folder / "rows.jsonl", folder / "summary.json"]
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    for site in summary["sites"]:
+        for rule in site["rules"]:
+            levels = [{"level": 0.0, "acc": rule["clean"]}, *rule["curve"]]
+            curve = {point["level"]: point["acc"]["mean"] for point in levels if point["acc"]}
+            tracker.curve(f"{site['site']}/{rule['rule']}/test_acc", curve)
+        files.append(folder / f"{site['site'].replace(' ', '-')}.svg")
+        robustness_figure(
+            site, title=title(site["site"], summary), note=note(summary), unit=unit_of(site["site"]), path=files[-1]
+        )
+    tracker.headline(headline(summary))
+    tracker.artifacts([file for file in files if file.exists()])
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The measurement's own numbers, for its parent run in MLflow."""
+    found = {}
+    for site in summary["sites"]:
+        for rule in site["rules"]:
+            for name in ("clean", "area", "relative_area"):
+                if rule[name] is not None:
+                    found[f"{site['site']}/{rule['rule']}/{name}"] = rule[name]["mean"]
+    return found
+
+
+def title(curve: str, summary: Mapping[str, Any]) -> str:
+    """The heading of a table or a figure."""
+    return f"{curve}: {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
+
+
+def note(summary: Mapping[str, Any]) -> str:
+    """What the numbers are from."""
+    return (
+        f"mean and 95 % t interval over {len(summary['seeds'])} seeds; test accuracy; nothing was chosen by it; "
+        f"{summary['runs']['diverged']} of {sum(summary['runs'].values())} runs diverged and count at chance"
+    )

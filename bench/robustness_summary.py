@@ -1,0 +1,242 @@
+"""From accuracies at levels of noise (or of an attack) to what can be said: curves, areas, paired verdicts.
+
+Every estimate is over seeds, so its interval covers the draws of the noise too. Rules are compared with one reference,
+paired by seed, on the relative area (`bench.curves`). Each verdict is one 95 % interval by itself: of twenty
+comparisons without any difference, one is expected to say otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from bench.config import Site, UserError
+from bench.curves import area, half_level, relative_area
+from bench.statistics import estimate, paired_difference, verdict
+
+#: What the paired difference of relative areas says.
+VERDICTS = {"better": "more robust", "worse": "less robust", "not distinguishable": "not distinguishable"}
+
+#: The symbol of a level, where the caller names no other.
+SYMBOL = "σ"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One network at one level; level 0 is its clean accuracy, which every site needs.
+
+    ``accuracy`` is a share in [0, 1], a mean over ``draws`` of the noise with the standard error ``se``. A run that
+    diverged counts at chance, whatever it says; one without an accuracy failed. ValueError for values that cannot be.
+    """
+
+    site: str
+    rule: str
+    seed: int
+    level: float
+    accuracy: float | None
+    status: str = "finished"
+    se: float | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None and not 0 <= self.accuracy <= 1:
+            raise ValueError(f"accuracy {self.accuracy} is not a share in [0, 1]")
+        if not 0 <= self.level < math.inf:
+            raise ValueError(f"level {self.level} is not 0 or above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Curves:
+    """The curves of one rule at one site. A seed is whole if it has an accuracy at 0 and at every level of the site."""
+
+    points: tuple[Point, ...]
+    levels: tuple[float, ...]
+    chance: float
+    tested: int
+
+    def at(self, level: float) -> dict[int, float]:
+        """Accuracies by seed."""
+        found = {p.seed: self._accuracy(p) for p in self.points if p.level == level}
+        return {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
+
+    def _accuracy(self, point: Point) -> float | None:
+        if point.status == "diverged":
+            return self.chance
+        return None if point.status == "failed" else point.accuracy
+
+    @cached_property
+    def whole(self) -> dict[int, tuple[float, ...]]:
+        """Clean accuracy and accuracies at the levels, by seed. One level alone has no area, and makes no curve."""
+        if len(self.levels) < 2:
+            return {}
+        columns = [self.at(level) for level in (0.0, *self.levels)]
+        seeds = set.intersection(*map(set, columns))
+        return {seed: tuple(column[seed] for column in columns) for seed in sorted(seeds)}
+
+    @cached_property
+    def areas(self) -> dict[int, float]:
+        return {seed: area(self.levels, accuracies) for seed, (_, *accuracies) in self.whole.items()}
+
+    @cached_property
+    def relative(self) -> dict[int, float]:
+        """Relative areas of the seeds that were above chance without noise."""
+        found = {
+            seed: relative_area(self.areas[seed], clean, self.chance, self.tested)
+            for seed, (clean, *_) in self.whole.items()
+        }
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @cached_property
+    def halves(self) -> dict[int, float]:
+        """Half levels of the same seeds; math.inf where a curve does not fall that low."""
+        found = {
+            seed: half_level(self.levels, accuracies, clean, self.chance, self.tested)
+            for seed, (clean, *accuracies) in self.whole.items()
+        }
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def seeds(self, status: str) -> int:
+        """How many seeds have a point with this status."""
+        return len({p.seed for p in self.points if status == ("failed" if self._accuracy(p) is None else p.status)})
+
+
+def summarize(
+    points: Iterable[Point],
+    *,
+    chance: float,
+    tested: int,
+    reference: str = "backprop",
+    symbols: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Every site, every rule: JSON-ready, the same for any order of the points. See `_entry` for a rule's keys.
+
+    ``chance`` and ``tested`` as in `bench.curves`; ``symbols`` gives a site another symbol than σ, e.g. ε. The levels
+    of a site are all that any of its points has, so give a run that failed as a point without an accuracy. UserError
+    for a point that stands twice.
+    """
+    points = list(points)
+    _refuse_repeats(points)
+    sites = [
+        {
+            "site": site,
+            "symbol": (symbols or {}).get(site, SYMBOL),
+            "reference": reference,
+            "chance": chance,
+            "tested": tested,
+            **_site([p for p in points if p.site == site], chance, tested, reference),
+        }
+        for site in sorted({p.site for p in points}, key=_place)
+    ]
+    return {"reference": reference, "chance": chance, "tested": tested, "sites": sites}
+
+
+def _site(points: list[Point], chance: float, tested: int, reference: str) -> dict[str, Any]:
+    levels = tuple(sorted({p.level for p in points} - {0.0}))
+
+    def curves(rule: str) -> _Curves:
+        mine = tuple(p for p in points if p.rule == rule)
+        return _Curves(points=mine, levels=levels, chance=chance, tested=tested)
+
+    found = {rule: curves(rule) for rule in sorted({p.rule for p in points}, key=lambda r: (r != reference, r))}
+    nothing = _Curves(points=(), levels=levels, chance=chance, tested=tested)
+    others = {rule: nothing if rule == reference else found.get(reference, nothing) for rule in found}
+    return {"levels": list(levels), "rules": [_entry(rule, found[rule], others[rule]) for rule in found]}
+
+
+def _place(site: str) -> tuple[int, str]:
+    """Noise in the order of the design, then the rest (attacks) by name."""
+    known = typing.get_args(Site)
+    return (known.index(site) if site in known else len(known), site)
+
+
+def _refuse_repeats(points: Iterable[Point]) -> None:
+    seen: set[tuple[str, str, int, float]] = set()
+    for p in points:
+        key = (p.site, p.rule, p.seed, p.level)
+        if key in seen:
+            raise UserError(
+                f"robustness: rule {p.rule}, seed {p.seed} stands twice at {p.site} {p.level:g}; keep one of the two."
+            )
+        seen.add(key)
+
+
+def _entry(rule: str, curves: _Curves, reference: _Curves) -> dict[str, Any]:
+    """One rule at one site. ``*versus``: ours − the reference's, paired by seed; None where there is no pair.
+
+    ``clean`` and ``curve`` are over all seeds measured at that level. The areas are over the seeds whose curve is
+    whole; ``incomplete`` counts the others (``failed``: those of them that a failed run left so). ``relative_area``
+    and ``half_level`` leave out the whole curves that were at chance without noise, ``at_chance``.
+    ``diverged`` counts seeds with a diverged run, which stand at chance in every mean.
+    """
+    seeds = {p.seed for p in curves.points}
+    versus = _versus(curves.relative, reference.relative)
+    return {
+        "rule": rule,
+        "seeds": sorted(seeds),
+        "diverged": curves.seeds("diverged"),
+        "failed": curves.seeds("failed"),
+        "incomplete": len(seeds - set(curves.whole)),
+        "at_chance": len(set(curves.whole) - set(curves.relative)),
+        "clean": _estimate(curves.at(0.0)),
+        "clean_versus": _versus(curves.at(0.0), reference.at(0.0)),
+        "curve": [_level(level, curves, reference) for level in curves.levels],
+        "area": _estimate(curves.areas),
+        "area_versus": _versus(curves.areas, reference.areas),
+        "relative_area": _estimate(curves.relative),
+        "relative_area_versus": versus,
+        "half_level": _half(curves),
+        "verdict": versus and VERDICTS[versus["verdict"]],
+    }
+
+
+def _level(level: float, curves: _Curves, reference: _Curves) -> dict[str, Any]:
+    """One level: ``draw_se``, root mean square over seeds, is the part of the spread that more draws would remove."""
+    accuracies = curves.at(level)
+    here = [p for p in curves.points if p.level == level]
+    errors = [p.se for p in here if p.seed in accuracies and p.se is not None and p.status != "diverged"]
+    return {
+        "level": level,
+        "n": len(accuracies),
+        "acc": _estimate(accuracies),
+        "draws": min((p.draws for p in here if p.seed in accuracies), default=None),
+        "draw_se": math.sqrt(math.fsum(se**2 for se in errors) / len(errors)) if errors else None,
+        "diverged": sum(p.status == "diverged" for p in here),
+        "failed": len(here) - len(accuracies),
+        "versus": _versus(accuracies, reference.at(level)),
+    }
+
+
+def _half(curves: _Curves) -> dict[str, Any] | None:
+    """Half levels over seeds. ``mean``, ``low``, ``high``: geometric mean and its 95 % t interval, taken in log2.
+
+    Only where every seed has one: those that lie ``beyond`` the grid are known to be greater than its last level, no
+    more, and those at chance have none. Then there is a ``median`` only, None where it lies beyond the grid itself.
+    """
+    if not curves.halves:
+        return None
+    logs = [math.log2(value) for value in curves.halves.values()]
+    beyond, middle = logs.count(math.inf), median(logs)
+    found = None if beyond or len(logs) < len(curves.whole) else estimate(logs)
+    return {
+        "scale": "log",
+        "mean": found and 2**found.mean,
+        "low": None if found is None or found.low is None else 2**found.low,
+        "high": None if found is None or found.high is None else 2**found.high,
+        "median": None if middle == math.inf else 2**middle,
+        "n": len(logs),
+        "beyond": beyond,
+    }
+
+
+def _estimate(values: Mapping[int, float]) -> dict[str, Any] | None:
+    return estimate([values[seed] for seed in sorted(values)]).to_dict() if values else None
+
+
+def _versus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
+    difference = paired_difference(ours, theirs)
+    return None if difference is None else {**difference.to_dict(), "verdict": verdict(difference)}

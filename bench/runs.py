@@ -1,0 +1,181 @@
+"""Runs that a source hands out: which are done, which are under way, and what became of them.
+
+`Runs` is the part of an `engine.Source` that knows nothing of what there is to run: a search, or a measurement of
+robustness, says that. What is finished is a row, and is never run again; what failed is tried again at the next start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import engine
+from bench.config import Kind, TrialConfig, TrialResult, UserError
+from bench.place import Place
+from bench.provenance import provenance
+from bench.rows import Row, RowFile, row
+from bench.terminal import duration
+from bench.tracking import Tracker
+
+#: The seeds of confirmations, controls and measurements: the same for every rule, so that differences are paired.
+FIRST_CONFIRM_SEED = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run to be: what its row is filed as, the trial function's ``options``, ``evaluation`` as in TrialResult."""
+
+    config: TrialConfig
+    kind: Kind
+    options: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_options(self, **options: Any) -> Planned:
+        """These options besides."""
+        return dataclasses.replace(self, options={**options, **self.options})
+
+
+@dataclass
+class Running:
+    """A run under way."""
+
+    plan: Planned
+    since: float
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Runs:
+    """Keeps the rows of one study, and the record of what is under way. ``files``: where rows of each kind go."""
+
+    def __init__(self, study: str, place: Place, tracker: Tracker, files: Mapping[Kind, RowFile]) -> None:
+        self._name, self._place, self._tracker = study, place, tracker
+        self._row_files = dict(files)
+        self._done: dict[str, Row] = {}
+        for file in dict.fromkeys(files.values()):
+            self._done |= file.by_uid()
+        self._failed_here: set[str] = set()
+        self._running: dict[str, Running] = {}
+        self._started_at = time.monotonic()
+        self._finished_here: list[float] = []
+
+    # --- attempts
+
+    def _attempts(self, base: str) -> list[str]:
+        """The names under which this run was tried (uid, uid.2, ...), and the one of a next attempt."""
+        names = [base]
+        while names[-1] in self._done:
+            names.append(f"{base}.{len(names) + 1}")
+        return names
+
+    def _next_attempt(self, base: str) -> str | None:
+        """None if the run is settled: it is done, or failed in this very start. An older failure is tried again."""
+        *tried, following = self._attempts(base)
+        settled = tried and (self._done[tried[-1]]["status"] != "failed" or tried[-1] in self._failed_here)
+        return None if settled else following
+
+    def _open(self, plans: Mapping[str, Planned]) -> Iterator[tuple[str, Planned]]:
+        """What of these is neither settled nor under way."""
+        for base, plan in plans.items():
+            uid = self._next_attempt(base)
+            if uid is not None and uid not in self._running:
+                yield uid, plan
+
+    def _row_of(self, base: str) -> Row | None:
+        """The row of the last attempt."""
+        tried = self._attempts(base)
+        return self._done[tried[-2]] if len(tried) > 1 else None
+
+    def _rows_of(self, plans: Mapping[str, Planned]) -> list[Row]:
+        return [known for base in plans if (known := self._row_of(base)) is not None]
+
+    def _settled(self, plans: Mapping[str, Planned]) -> int:
+        return sum(self._next_attempt(base) is None for base in plans)
+
+    # --- engine.Source, but for `next`
+
+    def _task(self, uid: str, plan: Planned) -> engine.Task:
+        self._running[uid] = Running(plan, time.monotonic())
+        options = {
+            "data_dir": self._place.options.data_dir,
+            "device": self._place.options.device,
+            "threads": self._place.share.threads,
+            **plan.options,
+        }
+        return engine.Task(uid=uid, config=plan.config, options=options)
+
+    def _checkpoint(self, uid: str) -> Path:
+        return (self._place.options.results / self._name / "checkpoints" / f"{uid}.pt").absolute()
+
+    def started(self, uid: str) -> None:
+        run = self._running[uid]
+        run.since = time.monotonic()
+        self._tracker.start(uid, run.plan.kind, run.plan.config, self._tags(run), run.plan.evaluation)
+
+    def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:
+        run = self._running[uid]
+        run.epoch, run.metrics = epoch, metrics
+        self._tracker.report(uid, epoch, metrics)
+        return False
+
+    def completed(self, uid: str, result: TrialResult) -> None:
+        run = self._running[uid]
+        seconds = time.monotonic() - run.since
+        if not result.provenance:  # stopped or failed: the worker had no say
+            result = dataclasses.replace(result, provenance={**provenance("cpu"), "seconds": seconds})
+        filed = row(uid, self._name, run.plan.kind, result)
+        self._done[uid] = self._file(run.plan.kind, filed)  # the row first: what has one is never run again
+        if result.status == "failed":
+            self._failed_here.add(uid)
+        self._filed(uid, run, result)
+        self._tracker.finish(uid, result, self._tags(run))
+        self._tidy(uid)
+        del self._running[uid]
+        self._finished_here.append(seconds)
+
+    def _filed(self, uid: str, run: Running, result: TrialResult) -> None:
+        """The run's row is on the disk; whoever else must know is told here."""
+
+    def _tidy(self, uid: str) -> None:
+        """Remove the checkpoints of a run that is over."""
+        path = self._checkpoint(uid)
+        for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+            file.unlink(missing_ok=True)
+
+    def _file(self, kind: Kind, filed: Row) -> Row:
+        """Append the row; a control that another search has filed meanwhile is that one's."""
+        try:
+            self._row_files[kind].append(filed)
+        except UserError:
+            known = self._row_files[kind].by_uid().get(filed["uid"]) if kind == "control" else None
+            if known is None:
+                raise
+            return known
+        return filed
+
+    def _tags(self, run: Running) -> dict[str, Any]:
+        config = run.plan.config
+        return {"bench.rule": config.rule, "bench.arch": config.arch, "bench.seed": config.seed}
+
+    # --- what is said of them
+
+    def _time(self, runs_left: int) -> str:
+        """How long it has taken, and will take."""
+        gone = f"{duration(time.monotonic() - self._started_at)} gone"
+        if not self._finished_here or not runs_left:
+            return gone
+        each = sum(self._finished_here) / len(self._finished_here)
+        return f"{gone}, about {duration(runs_left * each / self._place.share.concurrent)} left"
+
+    def _lines(self) -> list[str]:
+        """A line for each run under way."""
+        lines = []
+        for uid, run in list(self._running.items()):
+            accuracy = f"  val {run.metrics['val_acc']:.2%}" if "val_acc" in run.metrics else ""
+            lines.append(f"  {uid}  epoch {run.epoch}/{run.plan.config.epochs}{accuracy}")
+        return lines

@@ -1,0 +1,233 @@
+"""Training one network: everything that it needs, made from its configuration, and one epoch of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.config import TrialConfig, UserError, digest
+from bench.datasets import ImageData, load
+from bench.learning.convert import Conversion, convert
+from bench.learning.learner import FeedbackLearner, parameter_groups
+from bench.learning.rules import Rule, parse_rule
+from bench.models import build, required_image_size, resolve_stem
+from bench.noise import UpdateNoise
+
+#: A mean training loss beyond this many times the loss of guessing is of no more use.
+HOPELESS = 20.0
+#: Steps between two looks at the loss within an epoch: each one waits for the device.
+LOOK = 50
+
+
+class Diverged(Exception):  # noqa: N818  (an outcome, not an error)
+    """Training left the numbers that can be computed with; the message is the reason."""
+
+
+@dataclass
+class Trial:
+    """What one run needs, made from its configuration; ``epoch`` epochs of it are done."""
+
+    config: TrialConfig
+    data: ImageData
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    learner: FeedbackLearner
+    conversion: Conversion
+    bf16: bool
+    noise: UpdateNoise | None = None
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    #: a fixed sample of the validation split, normalised, by which the angles are measured
+    sample: tuple[Tensor, Tensor] | None = None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "auto") -> Trial:
+    """Everything that the run needs, from the seeds alone; UserError for what does not fit together."""
+    rule = parse_rule(config.rule)
+    coefficients = resolve_coefficients(config, rule)
+    where = pick_device(device)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and where.type == "cuda")
+    size = required_image_size(config.arch)
+    if size is not None and config.image_size not in (None, size):
+        raise UserError(f"arch {config.arch!r} takes images of {size} pixels; remove image_size or set it to {size}.")
+    data = load(
+        config.dataset,
+        data_dir=None if data_dir is None else Path(data_dir),
+        split_seed=config.split_seed,
+        val_fraction=config.val_fraction,
+        train_examples=config.train_examples,
+        image_size=size or config.image_size,
+    )
+    data.steps("train", config.batch_size)
+    stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
+    model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
+    conversion = convert(model, rule, coefficients, seed=config.seed + 2**31)  # not the stream that drew W
+    model.to(where)
+    if where.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    groups = parameter_groups(
+        model, lr=config.lr, weight_decay=config.weight_decay, feedback_lr_factor=config.feedback_lr_factor
+    )
+    for group in groups:
+        group["full_lr"] = group["lr"]
+    # fused: one pass over the weights instead of four, which at small batches is a sixth of a step on a CPU
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
+    )
+    learner = FeedbackLearner(model, optimizer)
+    noise = (
+        UpdateNoise(optimizer, sigma=config.update_noise, on=config.update_noise_on) if config.update_noise else None
+    )
+    return Trial(config, data, where, model, optimizer, learner, conversion, bf16, noise)
+
+
+def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
+    """The rule's coefficients; UserError for settings that have no effect in it.
+
+    ``kolen-pollack`` ties B's decay to W's: it is the recipe's weight decay, and another value is refused,
+    as is a B that learns in other steps than W.
+    """
+    coefficients = dict(config.coefficients)
+    alternates = config.feedback_every != 1 or config.feedback_warmup_epochs != 0
+    if alternates and (not rule.learns or rule.task_gradient):
+        raise UserError(
+            f"feedback_every and feedback_warmup_epochs have no effect in rule {rule.name!r}: "
+            f"{'B moves with W' if rule.task_gradient else 'its B does not learn'}; remove them."
+        )
+    if config.feedback_warmup_epochs >= config.epochs:
+        raise UserError(
+            f"with feedback_warmup_epochs = {config.feedback_warmup_epochs:g} of {config.epochs} epochs W would never "
+            "learn; lower it."
+        )
+    if rule.task_gradient and coefficients.setdefault("decay", config.weight_decay) != config.weight_decay:
+        raise UserError(
+            f"rule {rule.name!r}: decay = {coefficients['decay']:g} must equal weight_decay = "
+            f"{config.weight_decay:g}, because B needs the same decay as W; set weight_decay instead."
+        )
+    return coefficients
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(device)
+        if picked.type not in ("cpu", "cuda"):
+            raise RuntimeError("bench runs on cpu and cuda")
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({first}); use cpu, cuda or auto.") from error
+    return picked
+
+
+def lr_factor(config: TrialConfig, progress: float) -> float:
+    """The learning rate after ``progress`` epochs, as a share of the full one.
+
+    Linear warm-up over ``warmup_epochs``; then cosine to 0 at the end, or times ``step_factor`` at each of
+    ``step_epochs``, or constant.
+    """
+    if progress < config.warmup_epochs:
+        return progress / config.warmup_epochs
+    if config.schedule == "cosine":
+        span = max(config.epochs - config.warmup_epochs, 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * min((progress - config.warmup_epochs) / span, 1.0)))
+    if config.schedule == "step":
+        return config.step_factor ** sum(progress >= e for e in config.step_epochs)
+    return 1.0
+
+
+def who_learns(config: TrialConfig, step: int, progress: float) -> tuple[bool, bool]:
+    """(W, B): who learns in this step. The authors' delay (at first B alone), then their alternation."""
+    if progress < config.feedback_warmup_epochs:
+        return False, True
+    if config.feedback_every == 1:
+        return True, True
+    alone = (step + 1) % config.feedback_every == 0
+    return not alone, alone
+
+
+def train_epoch(trial: Trial) -> dict[str, float]:
+    """One pass over the training split. Diverged if the loss says so; the mean loss and the last rate otherwise.
+
+    Dropout and its like draw from (seed, epoch) alone, as the batches do; so does the noise in updates.
+    """
+    devices = [trial.device] if trial.device.type == "cuda" else []
+    if trial.noise is not None:
+        trial.noise.seed(int(digest(["update noise", trial.config.seed, trial.epoch]), 16) % 2**63)
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(digest([trial.config.seed, trial.epoch]), 16) % 2**63)
+        return _train_epoch(trial)
+
+
+def _train_epoch(trial: Trial) -> dict[str, float]:
+    config, model, optimizer = trial.config, trial.model, trial.optimizer
+    steps = trial.data.steps("train", config.batch_size)
+    model.train()
+    total = torch.zeros((), device=trial.device)
+    for index, (pixels, labels) in enumerate(_training_batches(trial)):
+        progress = trial.epoch + index / steps
+        weights_learn, trial.learner.on = who_learns(config, trial.epoch * steps + index, progress)
+        factor = lr_factor(config, trial.epoch + (index + 0.5) / steps)  # neither the first nor the last step is 0
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        for part, answers in zip(pixels.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+            with trial.autocast():
+                logits = model(part)
+            loss = F.cross_entropy(logits.float(), answers, label_smoothing=config.label_smoothing) / config.accumulate
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not weights_learn:
+            _only_feedback(optimizer)
+        optimizer.step()
+        if trial.noise is not None:
+            trial.noise.add()
+        if index % LOOK == LOOK - 1 or index == steps - 1:
+            _check(total.item() / (index + 1), trial)
+    return {"train_loss": total.item() / steps, "lr": config.lr * factor}
+
+
+def _training_batches(trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
+    config, data = trial.config, trial.data
+    layout = torch.channels_last if trial.device.type == "cuda" else torch.contiguous_format
+    for pixels, labels in data.batches(
+        "train",
+        config.batch_size,
+        device=trial.device,
+        seed=config.seed,
+        epoch=trial.epoch,
+        augment=config.augment,
+    ):
+        yield data.normalize(pixels).contiguous(memory_format=layout), labels
+
+
+def _only_feedback(optimizer: torch.optim.Optimizer) -> None:
+    """Leave the forward parameters where they are in the coming step; B's gradient is set at the step itself."""
+    for group in optimizer.param_groups:
+        if group["name"] != "feedback":
+            for p in group["params"]:
+                p.grad = None
+
+
+def _check(mean_loss: float, trial: Trial) -> None:
+    limit = HOPELESS * math.log(trial.data.classes)
+    if not math.isfinite(mean_loss):
+        raise Diverged(f"the training loss is {mean_loss}")
+    if mean_loss > limit:
+        raise Diverged(f"the training loss {mean_loss:.3g} is over {HOPELESS:g} times that of guessing")

@@ -1,0 +1,84 @@
+"""What the verbs share: options that several have, and the reading of values."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.config import UserError
+from bench.files import parse_scalar
+
+#: Exit statuses: bad input or a state that the user must mend; an interruption (128 + SIGINT); 128 + SIGPIPE.
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+#: Folders under the results that are no study's.
+KEPT_FOLDERS = ("controls", "published", "spool", "train")
+
+
+def verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary}.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.set_defaults(verb=run)
+    return made
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server (else SQLite under the results)")
+
+
+def add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", metavar="PATH", help="where the data set's files are")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs, values as YAML scalars or lists; a key given twice is refused."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {setting!r}: write KEY=VALUE, e.g. --set lr=0.05.")
+        if key.strip() in found:
+            raise UserError(f"--set {key.strip()} is given twice; give it once.")
+        found[key.strip()] = parse_scalar(key.strip(), value)
+    return found
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{option} {text}: write numbers with commas between, e.g. {option} 0.1,0.2,0.4.") from error
+
+
+def check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name) or name in KEPT_FOLDERS:
+        raise UserError(f"--name {name!r}: use letters, digits and . _ + - (and not a folder that bench itself keeps).")
+    return name
+
+
+def writable(results: Path) -> Path:
+    """The results folder, if files can be made in it; UserError otherwise."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            return results
+    except OSError as error:
+        raise UserError(
+            f"--results {results}: {error.strerror or error}; choose a folder that can be written."
+        ) from error

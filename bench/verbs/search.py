@@ -1,0 +1,151 @@
+"""`bench search`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
+
+from bench.config import Objective, StudyConfig, UserError, check_range, study_name, unknown
+from bench.verbs.common import (
+    INTERRUPTED,
+    add_json,
+    add_results,
+    add_where,
+    check_name,
+    numbers,
+    parse_settings,
+    verb,
+    writable,
+)
+
+if TYPE_CHECKING:
+    from bench.campaign import Campaign, Ready
+
+OBJECTIVE_NAMES = get_args(Objective)
+
+
+def add(verbs: Any) -> None:
+    default = {name: field.default for name, field in StudyConfig.__dataclass_fields__.items()}
+    p = verb(verbs, "search", _search, "search a rule's coefficients, then confirm the best beside its controls")
+    p.add_argument("--rule", required=True, metavar="R", help="a name from `bench list rules`, or primitives as a+b")
+    p.add_argument("--arch", default="resnet18", metavar="A", help="a name from `bench list networks`")
+    p.add_argument("--dataset", default="digits", metavar="D", help="a name from `bench list datasets`")
+    p.add_argument("--trials", type=int, default=default["trials"], metavar="N", help="configurations to try")
+    p.add_argument("--epochs", type=int, default=default["epochs"], metavar="E", help="epochs of one whole trial")
+    p.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (else one per core, or GPU)")
+    p.add_argument("--objective", default=default["objective"], metavar="O", help="accuracy, robustness, or both")
+    p.add_argument("--site", metavar="S", help="of the noise for robustness: update, weight, activation, input")
+    p.add_argument("--sigma", metavar="X,X...", help="levels of that noise (else the site's own)")
+    p.add_argument("--draws", type=int, default=1, metavar="K", help="of that noise, averaged")
+    p.add_argument("--sampler", default=default["sampler"], help="see `bench list samplers`")
+    p.add_argument("--scheduler", help=f"see `bench list schedulers` (else {default['scheduler']}; for both: none)")
+    p.add_argument("--confirm-seeds", type=int, default=default["confirm_seeds"], metavar="N", help="fresh seeds each")
+    p.add_argument("--confirm-top", type=int, metavar="N", help="configurations to confirm (else 1; of a front: 5)")
+    p.add_argument("--seed", type=int, default=default["seed"], metavar="S", help="of the search and its trials")
+    p.add_argument("--name", metavar="STUDY", help="of the study (else RULE-ARCH-DATASET)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
+    add_where(p)
+    add_results(p)
+    add_json(p)
+
+
+def _search(given: argparse.Namespace) -> int:
+    from bench.learning.rules import parse_rule
+    from bench.models import check_arch
+    from bench.place import Options
+    from bench.recipes import check_recipe, recipe_of
+    from bench.search import check
+    from bench.space import load_space
+
+    check_range("--concurrent", "concurrent", given.concurrent, 1)
+    rule = parse_rule(given.rule).name
+    changes = check_recipe(parse_settings(given.set))
+    noise = _noise(given)
+    recipe = {**recipe_of(given.dataset, given.arch), **changes, **noise}
+    both = given.objective == "both"
+    check_arch(given.arch)
+    space = load_space(rule, given.arch)
+    config = StudyConfig(
+        name=check_name(given.name or _name(given, rule)),
+        rule=rule,
+        arch=given.arch,
+        dataset=given.dataset,
+        trials=given.trials,
+        epochs=given.epochs,
+        seed=given.seed,
+        sampler=given.sampler,
+        scheduler=given.scheduler or ("none" if both else StudyConfig.scheduler),
+        objective=given.objective,
+        confirm_top=given.confirm_top if given.confirm_top is not None else (5 if both else StudyConfig.confirm_top),
+        confirm_seeds=given.confirm_seeds,
+        recipe=recipe,
+        space=space.to_dict(),
+    )
+    options = Options(
+        results=given.results,
+        data_dir=given.data_dir,
+        device=given.device,
+        concurrent=given.concurrent,
+        tracking_uri=given.tracking_uri,
+    )
+    ready = check(config, space, options)
+    writable(given.results)
+    return _run_search(ready, json_wanted=given.json)
+
+
+def _name(given: argparse.Namespace, rule: str) -> str:
+    """What the study is about."""
+    what = "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
+    return study_name(rule, given.arch, given.dataset) + what
+
+
+def _noise(given: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a trial that measures its robustness; none in a search for accuracy alone."""
+    from bench.noise import SITES
+
+    if given.objective not in OBJECTIVE_NAMES:
+        raise unknown("objective", given.objective, OBJECTIVE_NAMES)
+    if given.objective == "accuracy":
+        if given.site or given.sigma or given.draws != 1:
+            raise UserError(
+                "--site, --sigma and --draws have no effect on accuracy; use --objective robustness or both."
+            )
+        return {}
+    if given.site not in SITES:
+        if given.site:
+            raise unknown("site", given.site, SITES)
+        raise UserError(f"--objective {given.objective} needs the --site of the noise: {', '.join(SITES)}.")
+    levels = numbers("--sigma", given.sigma) if given.sigma else SITES[given.site].levels
+    return {"noise_site": given.site, "noise_levels": list(levels), "noise_draws": given.draws}
+
+
+def _run_search(ready: Ready, *, json_wanted: bool) -> int:
+    from bench.present import print_search, study_link
+    from bench.search import search
+    from bench.streams import quiet
+    from bench.terminal import Progress
+
+    config, log = ready.config, ready.folder / "ray.log"
+    bars: list[Progress] = []
+
+    def say(line: str) -> None:
+        bars[0].say(line)
+
+    def watch(campaign: Campaign) -> Callable[[], None]:
+        lanes = 1 + len(config.recipe["noise_levels"]) if config.recipe.get("noise_site") == "update" else 1
+        each = f", {lanes} networks each" if lanes > 1 else ""
+        say(f"{config.name}: {config.trials} trials of {config.epochs} epochs{each}; Ray's log: {log}")
+        bars[0].show(campaign.render)
+        return bars[0].tick
+
+    with quiet(log) as (_, err), Progress(err) as bar:
+        bars.append(bar)
+        outcome, summary = search(ready, say=say, watch=watch)
+    summary["link"] = study_link(summary["mlflow"], ready.place.options)
+    if json_wanted:
+        print(json.dumps({"outcome": outcome, **summary}))
+    else:
+        print_search(outcome, summary, ready.place.options)
+    return INTERRUPTED if outcome == "interrupted" else 0
