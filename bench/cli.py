@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_list(verbs: Any) -> None:
-    p = verb(verbs, "list", _list, "show rules, primitives, networks, data sets, spaces, samplers, schedulers")
+    p = verb(verbs, "list", _list, "show rules, networks, data sets, spaces, samplers, noise sites, attacks, ...")
     p.add_argument("what", nargs="?", default="all", help="one of these, or all")
     add_json(p)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Listing = list[dict[str, str]]
 
@@ -66,6 +66,34 @@ def _schedulers() -> Listing:
     return [{"name": s.name, "what": s.summary, "source": s.source} for s in SCHEDULERS.values()]
 
 
+def _objectives() -> Listing:
+    from bench.choices import OBJECTIVES
+
+    return [{"name": o.name, "what": o.summary, "metrics": ", ".join(o.metrics)} for o in OBJECTIVES.values()]
+
+
+def _sites() -> Listing:
+    from bench.noise import SITES
+
+    return [
+        {"name": s.name, "when": s.when, "what": s.definition, "σ in": s.unit, "levels": _grid(s.levels)}
+        for s in SITES.values()
+    ]
+
+
+def _attacks() -> Listing:
+    from bench.evaluators.adversarial import ATTACKS
+
+    return [
+        {"name": a.name, "what": a.summary, "ε in": a.unit, "levels": _grid(a.levels), "source": a.source}
+        for a in ATTACKS.values()
+    ]
+
+
+def _grid(levels: Sequence[float]) -> str:
+    return ", ".join(f"{level:.3g}" for level in levels)
+
+
 LISTS: dict[str, Callable[[], Listing]] = {
     "rules": _rules,
     "primitives": _primitives,
@@ -74,6 +102,9 @@ LISTS: dict[str, Callable[[], Listing]] = {
     "spaces": _spaces,
     "samplers": _samplers,
     "schedulers": _schedulers,
+    "objectives": _objectives,
+    "sites": _sites,
+    "attacks": _attacks,
 }
 
 

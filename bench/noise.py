@@ -273,7 +273,7 @@ _ROWS = (
         unit="the root mean square of each weight tensor",
         levels=(0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
         definition="each weight tensor + N(0, (σ·rms(W))²), drawn once per pass over the split",
-        source="this program; Joshi et al. 2020, doi 10.1038/s41467-020-16108-9, have the largest weight for the rms",
+        source="this program: relative to the tensor, so that it does not depend on how a layer is scaled",
         disturb=_noisy_weights,
     ),
     NoiseSite(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal
 
 #: The share of intervals that hold the true value, if the values are independent and normal.
 CONFIDENCE = 0.95
+
+#: Differences that are equal but for rounding: accuracies of fewer than 10¹² examples differ by more, if they do.
+ROUNDING = 1e-12
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -43,6 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean=mean, sd=sd, n=n, low=mean - half, high=mean + half)
 
 
+@lru_cache(maxsize=256)
 def _t_quantile(degrees: int) -> float:
     from scipy import stats  # half a second, which only a table needs
 
@@ -60,7 +65,7 @@ def verdict(difference: Estimate) -> Verdict:
 
     Equal differences (accuracies are counts, so a few can be) have an interval of no width, which says nothing.
     """
-    if not difference.sd:
+    if difference.sd is None or difference.sd < ROUNDING:
         return "not distinguishable"
     if difference.low is not None and difference.low > 0:
         return "better"

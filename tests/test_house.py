@@ -46,7 +46,7 @@ FLOORS = {
     "curves": 1,
     "robustness_summary": 2,
     "learning.layers": 3,
-    "robustness_words": 3,
+    "robustness_words": 2,
     "learning.convert": 4,
     "learning.learner": 4,
     "evaluators": 4,
@@ -106,7 +106,7 @@ IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "a
 #: Imported by name, when a user asks for a network of theirs.
 BY_NAME = ("torchvision", "timm")
 
-HEAVY = ("torch", "ray", "optuna", "mlflow", "pandas", "numpy", "scipy", "sklearn", "PIL")
+HEAVY = ("torch", "ray", "optuna", "mlflow", "pandas", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "art")
 
 
 def name_of(path: Path) -> str:

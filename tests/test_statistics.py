@@ -55,3 +55,9 @@ def test_differences_that_happen_to_be_equal_decide_nothing() -> None:
 
 def test_one_seed_decides_nothing() -> None:
     assert verdict(Estimate(mean=0.9, sd=None, n=1, low=None, high=None)) == "not distinguishable"
+
+
+def test_equal_differences_that_rounding_tells_apart_say_nothing() -> None:
+    difference = estimate([0.91 - 0.90, 0.11 - 0.10, 0.5 - 0.49])  # sd 8e-18, all on one side of zero
+    assert difference.sd != 0
+    assert verdict(difference) == "not distinguishable"

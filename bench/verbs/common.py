@@ -19,13 +19,21 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 KEPT_FOLDERS = ("controls", "published", "spool", "train")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where there is one to be said."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=summary,
         description=f"{summary}.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     made.set_defaults(verb=run)
     return made
