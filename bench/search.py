@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from bench import engine
 from bench.campaign import Campaign, Ready, trial_config
 from bench.choices import check_choices
 from bench.config import StudyConfig, UserError
-from bench.files import read_yaml, write_yaml
+from bench.files import read_yaml, write_atomic, write_yaml
 from bench.place import Options, survey
 from bench.rows import RowFile
 from bench.space import Space
@@ -66,8 +67,10 @@ def search(
                 )
             summary = campaign.summary()
             _write_best(folder, campaign, summary)
+            if summary["objective"] == "both":
+                _write_front(folder, summary)
             tracker.headline(headline(summary))
-            files = ("study.yaml", "rows.jsonl", "journal.log", "best.yaml")
+            files = ("study.yaml", "rows.jsonl", "journal.log", "best.yaml", "front.json")
             tracker.artifacts([folder / name for name in files if (folder / name).exists()])
             tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
             return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
@@ -105,3 +108,9 @@ def _write_best(folder: Path, campaign: Campaign, summary: Mapping[str, Any]) ->
         configs = [r["config"] for r in sorted(finished, key=lambda r: -r["metrics"]["val_acc"])]
     if configs:
         write_yaml(folder / "best.yaml", {**configs[0], "seed": campaign.config.seed})
+
+
+def _write_front(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The confirmed configurations of the two objectives, with their estimates; ``front``: not dominated by another."""
+    entries = [{"front": found.get("front", False), **found} for found in summary["confirmed"]]
+    write_atomic(folder / "front.json", json.dumps({"noise": summary["noise"], "confirmed": entries}, indent=1) + "\n")

@@ -204,7 +204,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 
 def test_a_trial_needs_torch_and_no_orchestra() -> None:
-    absent = ("ray", "optuna", "mlflow", "pandas", "rich", "scipy")
+    absent = ("ray", "optuna", "mlflow", "pandas", "rich", "scipy", "art", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.trial; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("True", "")
