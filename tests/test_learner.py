@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -379,6 +381,19 @@ def test_an_unwrapped_model_among_several_processes_is_refused(tmp_path: Path) -
             learner_of(network())
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rule", [EVERYTHING, "kolen-pollack", "feedback"])
+def test_a_network_that_nobody_holds_is_gone(rule: str) -> None:
+    """A worker trains one after the other: what a hook of autograd keeps alive, no collector finds."""
+    model = network(rule)
+    optimizer, learner = learner_of(model)
+    loss_of(model, *data()).backward()
+    optimizer.step()
+    watched = [weakref.ref(model), weakref.ref(next(model.parameters()))]
+    del model, optimizer, learner
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
 
 
 def test_step_with_a_closure_is_refused() -> None:

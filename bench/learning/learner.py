@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -146,9 +147,14 @@ class FeedbackLearner:
 
 def _commit_with(layer: AsymmetricLayer) -> RemovableHandle:
     """Let what a backward pass brought for B count when W receives its gradient from that pass."""
-    handle: RemovableHandle = layer.weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-        lambda _: layer.state.commit()
-    )
+    # W keeps its hook, and the layer keeps W: a circle through autograd, which Python's collector does not see into
+    owner = weakref.ref(layer)
+
+    def commit(_: Tensor) -> None:
+        if (alive := owner()) is not None:
+            alive.state.commit()
+
+    handle: RemovableHandle = layer.weight.register_post_accumulate_grad_hook(commit)  # type: ignore[no-untyped-call]
     return handle
 
 
