@@ -75,11 +75,16 @@ class Campaign(Runs):
     # --- what there is to run
 
     def control_tasks(self) -> dict[str, Planned]:
-        """By uid: run once for a recipe, then shared by every study that has it."""
+        """By uid: run once for a recipe, then shared by every study that has it.
+
+        No control's B learns. Where only its updates are noisy, there is nothing to be noisy: they train without noise.
+        """
+        quiet = {name: getattr(TrialConfig, name) for name in ("update_noise", "update_noise_on")}
+        changes = quiet if self.config.recipe.get("update_noise_on") == "feedback" else {}
         tasks = {}
         for rule in CONTROLS:
             for seed in confirm_seeds(self.config) if rule != self.config.rule else ():
-                config = trial_config(self.config, {}, rule=rule, seed=seed)
+                config = trial_config(self.config, changes, rule=rule, seed=seed)
                 uid = f"control-{rule}-{digest([config.to_dict(), self._place.key])}"
                 tasks[uid] = Planned(config=config, kind="control", options={"read_test": True})
         return tasks
@@ -128,7 +133,7 @@ class Campaign(Runs):
 
     def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         super().reported(uid, epoch, metrics)
-        if self._running[uid].plan.kind != "search" or len(self._objective) > 1:
+        if self._running[uid].plan.kind != "search":
             return False
         return self._study.report(uid, epoch, metrics[self._objective[0]])
 
@@ -158,7 +163,6 @@ class Campaign(Runs):
     def render(self) -> str:
         """The live display: a line for the whole, and one for each run under way."""
         counts = self._study.counts()
-        best = self._study.best(1)
         parts = [f"{counts.finished + counts.stopped + counts.diverged + counts.failed}/{self._study.budget} trials"]
         parts += [
             f"{n} {what}"
@@ -169,11 +173,14 @@ class Campaign(Runs):
         parts.append(f"controls {self._settled(controls)}/{len(controls)}")
         if confirms:
             parts.append(f"confirmed {self._settled(confirms)}/{len(confirms)}")
-        if best and len(self._objective) == 1:
-            parts.append(f"best {best[0].value:.2%} (trial {best[0].number})")
+        if len(self._objective) == 1 and (best := self._study.best(1)):
+            what = "best area" if self._objective == ("val_area",) else "best"
+            parts.append(f"{what} {best[0].value:.2%} (trial {best[0].number})")
         parts.append(self._time(self._left(counts.remaining + counts.running, controls, confirms)))
         return "\n".join([f"{self.config.name}: " + " · ".join(parts), *self._lines()])
 
     def _left(self, trials: int, controls: Mapping[str, Planned], confirms: Mapping[str, Planned]) -> int:
-        fresh = len(confirm_seeds(self.config)) * self.config.confirm_top if not confirms else len(confirms)
-        return trials + len(controls) - self._settled(controls) + fresh - self._settled(confirms)
+        """Runs to come. How many there are to confirm is known when the last trial is over: at most this many."""
+        most = min(self.config.confirm_top, self._study.budget) * len(confirm_seeds(self.config))
+        fresh = most if self.searching else len(confirms) - self._settled(confirms)
+        return trials + len(controls) - self._settled(controls) + fresh

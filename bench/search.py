@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from bench import engine
 from bench.campaign import Campaign, Ready, trial_config
-from bench.choices import check_choices
+from bench.choices import OBJECTIVES, check_choices
 from bench.config import StudyConfig, UserError
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.place import Options, survey
@@ -105,7 +105,8 @@ def _write_best(folder: Path, campaign: Campaign, summary: Mapping[str, Any]) ->
     configs = [found["config"] for found in summary["confirmed"]]
     if not configs:
         finished = [r for r in campaign.search_rows() if r["status"] == "finished"]
-        configs = [r["config"] for r in sorted(finished, key=lambda r: -r["metrics"]["val_acc"])]
+        objective = OBJECTIVES[campaign.config.objective].metrics[0]
+        configs = [r["config"] for r in sorted(finished, key=lambda r: -r["metrics"][objective])]
     if configs:
         write_yaml(folder / "best.yaml", {**configs[0], "seed": campaign.config.seed})
 

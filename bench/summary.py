@@ -84,18 +84,14 @@ def summarize(
         "epochs": config.epochs,
         "objective": config.objective,
         "noise": {name: config.recipe[name] for name in NOISE if name in config.recipe},
-        **{
-            f"search_best_{name}": max(
-                (r["metrics"][name] for r in searched if r["status"] == "finished"), default=None
-            )
-            for name in dict.fromkeys(("val_acc", *objectives))
-        },
+        **{f"search_best_{name}": _best(searched, name) for name in dict.fromkeys(("val_acc", *objectives))},
         "confirmed": entries,
         "controls": [entry(rows, reference) for rows in by_configuration(controls)],
     }
 
 
 def _best(searched: Iterable[Row], name: str) -> float | None:
+    """The highest that a trial reached which had its full budget."""
     return max((row["metrics"][name] for row in searched if row["status"] == "finished"), default=None)
 
 
@@ -112,6 +108,8 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     for name in ("search_best_val_acc", "search_best_val_area"):
         if summary.get(name) is not None:
             found[name] = summary[name]
+    if summary["objective"] == "both":
+        found["front_size"] = float(sum(e.get("front", False) for e in summary["confirmed"]))
     if summary["confirmed"]:
         best = summary["confirmed"][0]
         for name in ("val_acc", "val_area", "test_acc", "test_area", "angle"):

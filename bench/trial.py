@@ -40,9 +40,9 @@ def run_trial(
 ) -> TrialResult:
     """Train and evaluate one network; with ``noise_site = "update"`` one for each level of noise, in step.
 
-    With ``checkpoint`` (a file) the state is saved after each epoch, and a run that finds it goes on from
-    there to the same result, bit for bit on a CPU. ``read_test``: the protocol reads the test split once,
-    for a confirmed configuration. ``threads``: of torch on the CPU; None leaves torch's own.
+    With ``checkpoint`` (a file; of further networks FILE.1, FILE.2, ...) the state is saved after each epoch, and a
+    run that finds it goes on from there to the same result, bit for bit on a CPU. ``read_test``: the protocol reads
+    the test split once, for a confirmed configuration. ``threads``: of torch on the CPU; None leaves torch's own.
 
     A run that diverges is a result: status ``diverged``, its reason, chance as accuracy. UserError for a
     configuration that cannot be run.
@@ -61,7 +61,7 @@ def run_trial(
             _tell(report, history[-1])
         tested = _test(lanes, config) if read_test else {}
     except Diverged as end:
-        status, reason = "diverged", f"epoch {lanes[0].trial.epoch + 1}: {end}"
+        status, reason = "diverged", f"epoch {min(lanes[0].trial.epoch + 1, config.epochs)}: {end}"
     trial = lanes[0].trial
     metrics = _at_chance(trial, config, read_test) if status == "diverged" else {**_but_epoch(history[-1]), **tested}
     metrics |= {
@@ -104,16 +104,28 @@ class _Lane:
         """On the validation split, after this epoch."""
         return _chance(self.trial) if self.lost else self.trial.history[epoch - 1]["val_acc"]
 
+    def test_accuracy(self) -> float:
+        """On the test split; a loss there that is not finite is a divergence, as on any split."""
+        if not self.lost:
+            try:
+                return score(self.trial, "test")["test_acc"]
+            except Diverged:
+                self.lost = True
+        return _chance(self.trial)
+
     def seconds(self, epoch: int) -> float:
         return sum(e["seconds"] for e in self.trial.history[epoch - 1 : epoch])
 
 
 def _lanes(config: TrialConfig, data_dir: str | None, device: str, checkpoint: str | None) -> list[_Lane]:
-    """The networks of a run: one; where the area under update noise is measured, also one for each level of it."""
+    """The networks of a run: one; where the area under update noise is measured, also one for each level of it.
+
+    The first has the run's own configuration, by which its checkpoint is known. Of the others nobody reads the angles.
+    """
     configs = [config]
     if config.noise_site == "update":
-        plain = config.replace(noise_site=None, noise_levels=[])
-        configs = [plain, *(plain.replace(update_noise=level) for level in config.noise_levels)]
+        plain = config.replace(noise_site=None, noise_levels=[], measure_alignment=False)
+        configs += [plain.replace(update_noise=level) for level in config.noise_levels]
     lanes = []
     for index, each in enumerate(configs):
         trial = prepare(each, data_dir=data_dir, device=device)
@@ -145,10 +157,16 @@ def _epoch_of(lanes: list[_Lane], config: TrialConfig, epoch: int) -> dict[str, 
 def _test(lanes: list[_Lane], config: TrialConfig) -> dict[str, float]:
     """The test split, read once by each network."""
     found = score(lanes[0].trial, "test")
-    if config.noise_site in (None, "update"):
-        accuracies = [_chance(lane.trial) if lane.lost else score(lane.trial, "test")["test_acc"] for lane in lanes[1:]]
-        return found | (_area("test", config, accuracies) if accuracies else {})
-    return found | noise_area(lanes[0].trial, "test")
+    if _evaluates_noise(config):
+        found |= noise_area(lanes[0].trial, "test")
+    if len(lanes) > 1:
+        found |= _area("test", config, [lane.test_accuracy() for lane in lanes[1:]])
+    return found
+
+
+def _evaluates_noise(config: TrialConfig) -> bool:
+    """Whether noise is put into the trained network: not that in updates, which is other networks' training."""
+    return config.noise_site not in (None, "update")
 
 
 def _area(split: str, config: TrialConfig, accuracies: list[float]) -> dict[str, float]:
@@ -222,7 +240,7 @@ def measure(trial: Trial) -> dict[str, float]:
     if not bool(torch.stack([s.float() for s in sizes]).isfinite().all()):
         raise Diverged("a weight is not finite")
     metrics = score(trial, "val")
-    if trial.config.noise_site is not None:
+    if _evaluates_noise(trial.config):
         metrics |= noise_area(trial, "val")
     if not trial.conversion.swapped:
         return {**metrics, "angle": 0.0} if trial.config.measure_alignment else metrics

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,29 @@ from torch.nn import functional as F
 BATCH = 512
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in evaluation mode; afterwards in the mode that it was in, after an exception too."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], normalize: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """``acc`` and ``top5`` (fractions of 1) and ``loss`` (mean cross-entropy, nats), without a gradient.
 
-    ``batches`` yields (pixels, labels). The model is in evaluation mode within, and afterwards as it was.
-    With fewer than five classes top5 counts all of them. One synchronisation with the device, at the end.
+    ``batches`` yields (pixels, labels). The model is in evaluation mode within, and afterwards as it was, module by
+    module. With fewer than five classes top5 counts all of them. One synchronisation with the device, at the end.
     """
-    training = model.training
-    model.eval()
     sums: Tensor | None = None
     count = 0
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for pixels, labels in batches:
             logits = model(normalize(pixels)).float()
             right, index = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1], device=logits.device)
@@ -36,7 +47,6 @@ def accuracy(
             part = torch.stack([(ranks < 1).sum().double(), (ranks < 5).sum().double(), loss.double()])
             sums = part if sums is None else sums + part
             count += len(labels)
-    model.train(training)
     if sums is None:
         raise ValueError("no examples to evaluate")
     acc, top5, loss_mean = (sums / count).tolist()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.evaluators.accuracy import evaluation_mode
 from bench.learning.layers import AsymmetricLayer, asymmetric_layers, exact_gradients
 
 
@@ -58,10 +59,8 @@ def error_alignment(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[st
 
     layers = asymmetric_layers(model)
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
     try:
-        with torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad():
             loss = F.cross_entropy(model(inputs), labels)
             inputs_of = list(sent.values())
             through_b = torch.autograd.grad(loss, inputs_of, retain_graph=True, allow_unused=True) if sent else ()
@@ -70,7 +69,6 @@ def error_alignment(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[st
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     pairs = {name: (a, b) for name, a, b in zip(sent, through_b, true, strict=True) if a is not None is not b}
     result = {f"dx_angle/{name}": angle(a, b) for name, (a, b) in pairs.items()}
     return {**_mean("dx_angle", list(result.values())), **result}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -54,22 +53,9 @@ def noisy_accuracy(
     check_range("noise", "draws", draws, 1)
     values = []
     for k in range(draws if level != 0 else 1):
-        with (
-            _modes_kept(model),
-            evaluation_noise(model, normalize, site=site, level=level, seed=seed_of(seed, site, k), clip=clip) as noisy,
-        ):
+        drawn = seed_of(seed, site, k)
+        with evaluation_noise(model, normalize, site=site, level=level, seed=drawn, clip=clip) as noisy:
             values.append(accuracy(noisy[0], batches(), noisy[1])["acc"])
     n = len(values)
     spread = None if n == 1 else statistics.stdev(values) / math.sqrt(n)
     return NoisyAccuracy(mean=math.fsum(values) / n, se=0.0 if level == 0 else spread, draws=n, values=tuple(values))
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module is afterwards in the mode it was in, after an exception too."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
