@@ -275,7 +275,7 @@ def test_the_headline_has_the_area_where_it_was_searched(objective: str) -> None
     assert (found["val_area_n"], found["test_area_n"]) == (2.0, 2.0)
     assert found["test_area"] == pytest.approx({2.0: 0.25, 3.0: 0.1}[best])
     assert found["test_area_versus_backprop"] == pytest.approx({2.0: 0.05, 3.0: -0.1}[best])
-    on_front = [e["front"] for e in summarize(study("both"), tried, confirmed_rows(), CONTROLS)["confirmed"]]
+    on_front = [e.get("front", False) for e in summarize(study("both"), tried, confirmed_rows(), CONTROLS)["confirmed"]]
     assert found.get("front_size") == (sum(on_front) if objective == "both" else None)
 
 
