@@ -29,8 +29,8 @@ def claim(folder: Path) -> int:
         owner = os.read(descriptor, 20).decode() or "unknown"
         os.close(descriptor)
         raise UserError(
-            f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or give this "
-            "search another --name."
+            f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or "
+            "use another --name."
         ) from error
     except OSError as error:
         os.close(descriptor)

@@ -76,9 +76,15 @@ def _sites() -> Listing:
     from bench.noise import SITES
 
     return [
-        {"name": s.name, "when": s.when, "what": s.definition, "σ in": s.unit, "levels": _grid(s.levels)}
+        {"name": s.name, "when": s.when, "what": s.definition, "σ in": s.unit, "levels": _levels(s.levels)}
         for s in SITES.values()
     ]
+
+
+def _levels(levels: Sequence[float] | None) -> str:
+    from bench.noise import ADDED_UP
+
+    return _grid(levels) if levels else f"by recipe: those that add up to {_grid(ADDED_UP)} in a weight"
 
 
 def _attacks() -> Listing:

@@ -298,8 +298,9 @@ class Store:
         parent, name = self._known_study(operation).parent, operation["metric"]
         history = self._client.get_metric_history(parent, name)
         there = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
+        repeated = {point.step for point in history if point.timestamp == operation["time"]}
         for step, value in operation["points"].items():
-            if there.get(int(step)) != value:
+            if int(step) not in repeated and there.get(int(step)) != value:
                 self._write_metrics(parent, {name: value}, int(step), operation["time"])
 
     def artifacts(self, operation: Operation) -> None:

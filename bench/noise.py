@@ -56,14 +56,15 @@ Disturb = Callable[[nn.Module, Normalize, float, Stream, bool], AbstractContextM
 class NoiseSite:
     """One place for Gaussian noise, as data.
 
-    ``unit``: what its level σ is measured in. ``levels``: the default grid, rising, from no effect to nothing left.
-    ``disturb``: how it is put into a trained network; None for noise in training, which is `UpdateNoise`.
+    ``unit``: what its level σ is measured in. ``levels``: the default grid, rising, from no effect to nothing left;
+    None where that depends on the recipe (`bench.training.update_levels`). ``disturb``: how it is put into a trained
+    network; None for noise in training, which is `UpdateNoise`.
     """
 
     name: Site
     when: Literal["training", "evaluation"]
     unit: str
-    levels: tuple[float, ...]
+    levels: tuple[float, ...] | None
     definition: str
     source: str
     disturb: Disturb | None = None
@@ -258,12 +259,16 @@ def _noisy_input(
     yield model, noisy
 
 
+#: The grid of ``update``: what the noise of a whole training adds up to in a weight (standard deviation). Weights
+#: start near 0.02 to 0.06 in a resnet18, whose norms make it bear more noise than that.
+ADDED_UP = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
 _ROWS = (
     NoiseSite(
         name="update",
         when="training",
         unit="learning rate × σ per step",
-        levels=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        levels=None,
         definition="after each optimizer step θ ← θ + η·ε, ε ~ N(0, σ²), η the current learning rate of θ's group",
         source="Kunin et al. 2020, arXiv 2003.01513; their code, custom_optimizers.build_noisy_optimizer",
     ),

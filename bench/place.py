@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.config import TrialConfig
+from bench.evaluators.adversarial import ATTACKS
+from bench.noise import SITES
 from bench.provenance import usable_cores
 from bench.stores import check_uri, embedded
-from bench.training import pick_device, prepare
+from bench.training import pick_device, prepare, update_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +82,11 @@ def survey(options: Options, config: TrialConfig) -> Place:
         uri=uri,
         artifacts=artifacts,
     )
+
+
+def default_levels(site: str, config: TrialConfig, options: Options) -> tuple[float, ...]:
+    """The levels at this site (or of this attack) if nobody names any: its own grid; of ``update``, the recipe's."""
+    own = ATTACKS[site].levels if site in ATTACKS else SITES[site].levels
+    if own is not None:
+        return own
+    return update_levels(config, survey(options, config).examples["train"] // config.batch_size)

@@ -54,9 +54,12 @@ def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options)
     for site in summary["sites"]:
         head = title(site["site"], summary)
         out.print(table(head, curve_columns(site), curve_rows(site), texts=1, caption=unit_of(site["site"])))
-        out.print(table("", table_columns(site), table_rows(site), caption=note(summary)))
-    for line in verdict_lines(summary):
+        out.print(table("", table_columns(site), table_rows(site), caption=note(summary, site)))
+    for line in verdict_lines(summary) if summary["complete"] else ():
         out.print(line, markup=False)
+    if summary["runs"]["failed"]:
+        log = Path(summary["folder"]) / "ray.log"
+        out.print(f"the same command tries what failed again; why it failed is in {log}", markup=False)
     out.print(f"figures: {summary['folder']}", markup=False)
     _print_link(out, summary, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.checkpoint import load_weights, read_checkpoint
-from bench.config import TrialConfig, TrialResult
+from bench.config import TrialConfig, TrialResult, UserError
 from bench.evaluators.accuracy import BATCH
 from bench.evaluators.adversarial import ATTACKS, adversarial_accuracy
 from bench.evaluators.robustness import noisy_accuracy
@@ -29,7 +30,8 @@ def run_probe(
 ) -> TrialResult:
     """Train (``evaluation`` is None: `run_trial` with ``options``), or evaluate the network kept in this checkpoint.
 
-    A network that is not there, or not to its last epoch, is trained first. The result of an evaluation has
+    A network that is not there, or not to its last epoch, is trained first; but a user's own, of which ``evaluation``
+    has the digest as ``file``, is measured as it is: UserError if it changed. The result of an evaluation has
     ``test_acc`` (the mean over draws; of an attack: over the attacked examples), ``test_acc_se`` (its standard error
     over draws) and how many draws or examples it is from.
     """
@@ -38,19 +40,21 @@ def run_probe(
     started = time.perf_counter()
     where = {name: options[name] for name in ("data_dir", "device") if name in options}
     path = Path(network)
-    if not path.exists() or read_checkpoint(path)["epoch"] < config.epochs:
+    if "file" in evaluation:
+        if not path.exists() or digest_of(path) != evaluation["file"]:
+            raise UserError(f"{path} was changed or removed after the measurement began; restore it, or start again.")
+    elif not path.exists() or read_checkpoint(path)["epoch"] < config.epochs:
         trained = run_trial(config, report, **{**options, "checkpoint": network})
         if trained.status == "diverged":
-            chance = {k: v for k, v in trained.metrics.items() if k == "val_acc"}["val_acc"]
             return TrialResult(
                 config=config,
                 status="diverged",
                 reason=trained.reason,
-                metrics={"test_acc": chance},
+                metrics={"test_acc": trained.metrics["val_acc"]},  # chance
                 evaluation=dict(evaluation),
                 provenance=trained.provenance,
             )
-    elif threads := options.get("threads"):
+    if threads := options.get("threads"):
         torch.set_num_threads(threads)
     trial = prepare(config, **where)
     load_weights(path, trial.model, read_checkpoint(path, trial.device)["model"])
@@ -63,6 +67,12 @@ def run_probe(
         evaluation=dict(evaluation),
         provenance=provenance_of(trial, time.perf_counter() - started),
     )
+
+
+def digest_of(path: Path) -> str:
+    """Sixteen digits that tell this file's content from another's."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _noisy(trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, float]:

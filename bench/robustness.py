@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import engine
-from bench.config import TrialConfig
+from bench.config import TrialConfig, TrialResult, UserError
 from bench.evaluators.adversarial import ATTACKS
 from bench.figures import robustness_figure
 from bench.files import read_yaml, write_atomic, write_yaml
@@ -21,10 +20,13 @@ from bench.place import Options, Place, survey
 from bench.robustness_plan import REFERENCE, Network, Plan, Probe, RobustnessConfig
 from bench.robustness_summary import Point, summarize
 from bench.rows import Row, RowFile
-from bench.runs import Planned, Runs
+from bench.runs import Planned, Running, Runs
 from bench.tracking import Tracker
 
 Outcome = Literal["done", "interrupted", "known"]
+
+#: What became of a training after which there is no network: it stands for all of its evaluations.
+_ENDS = ("diverged", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,30 +51,27 @@ class Robustness(Runs):
         self._trainings = ready.plan.trainings()
         self._probes = ready.plan.probes()
         self._networks = {network.uid: network for network in ready.plan.networks}
+        self._whole = {network.uid for network in ready.plan.networks if network.given}  # files known to be, by now
 
     # --- what there is to run
 
-    def _diverged(self, network: Network) -> Row | None:
-        """The row of a training that diverged: of such a network there is nothing to evaluate."""
+    def _became(self, network: Network) -> str:
+        """The status of its training by now; empty if there is none. A user's own network is trained."""
         known = self._row_of(network.uid)
-        return known if known is not None and known["status"] == "diverged" else None
-
-    def _trained(self, network: Network) -> bool:
-        known = self._row_of(network.uid)
-        return network.given or (known is not None and known["status"] == "finished")
+        if network.given:  # whatever a training with the same configuration became here
+            return "finished"
+        return "" if known is None else str(known["status"])
 
     def _evaluations(self) -> dict[str, Planned]:
-        """Those that there is something to evaluate for."""
+        """Those that there is something to evaluate for: not a network that diverged, or failed in this very start."""
         return {
             uid: self._plan.planned(probe)
             for uid, probe in self._probes.items()
-            if not self._diverged(probe.network) and not self._lost(probe.network)
+            if self._became(probe.network) != "diverged" and not self._lost(probe.network)
         }
 
     def _lost(self, network: Network) -> bool:
-        """Its training failed in this very start."""
-        known = self._row_of(network.uid)
-        return known is not None and known["status"] == "failed" and self._next_attempt(network.uid) is None
+        return self._became(network) == "failed" and self._next_attempt(network.uid) is None
 
     @property
     def complete(self) -> bool:
@@ -92,13 +91,20 @@ class Robustness(Runs):
         yield from self._open(networks)
         for uid, plan in self._open(self._evaluations()):
             network = self._probes[_base(uid, self._probes)].network
-            # a network whose file was removed is trained again, by one of its evaluations
-            if self._trained(network) and (network.path.exists() or not self._busy(network)):
+            # a file that was removed, or left half trained, is trained again by an evaluation: by one at a time
+            alone = network.uid not in self._whole or not network.path.exists()
+            if self._became(network) == "finished" and not (alone and self._busy(network)):
                 yield uid, plan
         yield from self._open(self._trainings)
 
     def _busy(self, network: Network) -> bool:
         return any(run.plan.config == network.config for run in self._running.values())
+
+    def _filed(self, uid: str, run: Running, result: TrialResult) -> None:
+        base = _base(uid, self._probes) if run.plan.evaluation else _base(uid, self._networks)
+        network = self._probes[base].network if run.plan.evaluation else self._networks.get(base)
+        if network is not None and result.status == "finished":
+            self._whole.add(network.uid)
 
     def _checkpoint(self, uid: str) -> Path:
         base = _base(uid, self._trainings)
@@ -108,12 +114,24 @@ class Robustness(Runs):
 
     def _task(self, uid: str, plan: Planned) -> engine.Task:
         if plan.evaluation:
+            network = self._probes[_base(uid, self._probes)].network
+            if not network.path.exists():
+                self._whole.discard(network.uid)
             return super()._task(uid, plan)
         return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))
 
     def _tidy(self, uid: str) -> None:
         if _base(uid, self._trainings) not in self._networks or not self._plan.evaluates:
             super()._tidy(uid)
+
+    def remove_networks(self) -> None:
+        """Those that were trained here; a user's own checkpoints stay where they are."""
+        for network in self._networks.values():
+            if not network.given:
+                for file in network.path.parent.glob(f"{network.uid}.pt*"):
+                    file.unlink(missing_ok=True)
+                if network.path.parent.is_dir() and not any(network.path.parent.iterdir()):
+                    network.path.parent.rmdir()
 
     # --- what is known
 
@@ -140,7 +158,7 @@ class Robustness(Runs):
 
     def _probe_points(self) -> Iterator[Point]:
         for uid, probe in self._probes.items():
-            known = self._diverged(probe.network) or self._row_of(uid)
+            known = self._row_of(probe.network.uid if self._became(probe.network) in _ENDS else uid)
             if known is not None:
                 yield from (_point(curve, probe.network, probe.level, known) for curve in probe.curves)
 
@@ -162,6 +180,7 @@ class Robustness(Runs):
             "dataset": first.dataset,
             "epochs": first.epochs,
             "seeds": self._plan.seeds,
+            "complete": self.complete and not self._running,
             "runs": {s: [r["status"] for r in rows].count(s) for s in ("finished", "diverged", "failed")},
             "coefficients": {rule: values.get("coefficients", {}) for rule, values in config.rules.items()},
             **found,
@@ -170,9 +189,10 @@ class Robustness(Runs):
 
     def outlook(self) -> str:
         """What there is to do, in one line."""
-        trainings, evaluations = len(self._trainings), len(self._probes)
-        epochs = self._plan.networks[0].config.epochs
-        return f"{trainings} trainings of {epochs} epochs, {evaluations} evaluations"
+        epochs, done = self._plan.networks[0].config.epochs, self._settled(self._trainings)
+        known = done + self._settled(self._evaluations())
+        before = f", of which {known} are known" if known > 1 else ", of which 1 is known" if known else ""
+        return f"{len(self._trainings)} trainings of {epochs} epochs, {len(self._probes)} evaluations{before}"
 
     def render(self) -> str:
         """The live display: a line for the whole, and one for each run under way."""
@@ -183,7 +203,7 @@ class Robustness(Runs):
             parts.append(f"{evaluated}/{len(evaluations)} evaluations")
         status = [r["status"] for r in self._rows_of(self._trainings)]
         parts += [f"{n} {what}" for what in ("diverged", "failed") if (n := status.count(what))]
-        parts.append(self._time(len(self._trainings) - trained))
+        parts.append(self._time(len(self._trainings) - trained, len(evaluations) - evaluated))
         return "\n".join([f"{self._name}: " + " · ".join(parts), *self._lines()])
 
 
@@ -220,6 +240,8 @@ def prepare_measurement(
     config: RobustnessConfig, options: Options, given: Sequence[tuple[TrialConfig, Path]] = ()
 ) -> Ready:
     """Everything that it needs, tried out; UserError for what cannot work, before anything is written."""
+    if (options.results / config.name / "study.yaml").exists():
+        raise UserError(f"{options.results / config.name} is a search; give the measurement another --name.")
     rules = [TrialConfig.from_dict(values) for values in config.rules.values()]
     for rule in rules:
         place = survey(options, rule)
@@ -236,11 +258,12 @@ def measure(
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run the measurement to its end, or go on with it; the summary of what is known by then.
 
-    "known": everything had been run before. The networks are removed at the end, unless they are to be kept.
+    "known": everything had been run before. The networks are removed at the end, unless they are to be kept, in this
+    start or in an earlier one, or a run failed, which the next start will try again.
     """
     place, folder, name = ready.place, ready.folder, ready.config.name
     with claimed(folder):
-        identity = _write_config(ready)
+        identity, kept = _write_config(ready, keep_networks)
         spool = place.options.results / "spool"
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
             source = Robustness(ready, tracker, RowFile(folder / "rows.jsonl", say=say))
@@ -261,21 +284,26 @@ def measure(
                     say=say,
                     tick=None if watch is None else watch(source),
                 )
-            if outcome != "interrupted" and not keep_networks:
-                shutil.rmtree(folder / "networks", ignore_errors=True)
             summary = source.summary()
             _record(tracker, summary, folder)
+            if summary["complete"] and not summary["runs"]["failed"] and not kept:
+                source.remove_networks()
             tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
             return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
 
 
-def _write_config(ready: Ready) -> str:
-    """Keep the plan with its results; the id by which MLflow tells this measurement from others of its name."""
+def _write_config(ready: Ready, keep_networks: bool) -> tuple[str, bool]:
+    """Keep the plan with its results.
+
+    Gives the id by which MLflow tells this measurement from others of its name, and whether its networks are kept:
+    once that was asked for, they are.
+    """
     path = ready.folder / "robustness.yaml"
     before = read_yaml(path) if path.exists() else {}
-    identity = str(before.get("id") or uuid.uuid4().hex)
-    write_yaml(path, {"id": identity, "runs_on": ready.place.key, "config": ready.config.to_dict()})
-    return identity
+    identity, kept = str(before.get("id") or uuid.uuid4().hex), keep_networks or before.get("keep_networks") is True
+    whole = {"id": identity, "runs_on": ready.place.key, "keep_networks": kept, "config": ready.config.to_dict()}
+    write_yaml(path, whole)
+    return identity, kept
 
 
 def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path) -> None:
@@ -287,11 +315,13 @@ def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path) -> None:
             levels = [{"level": 0.0, "acc": rule["clean"]}, *rule["curve"]]
             curve = {point["level"]: point["acc"]["mean"] for point in levels if point["acc"]}
             tracker.curve(f"{site['site']}/{rule['rule']}/test_acc", curve)
+        if not site["levels"]:  # interrupted before the first: there is nothing to draw
+            continue
         files.append(folder / f"{site['site'].replace(' ', '-')}.svg")
-        robustness_figure(
-            site, title=title(site["site"], summary), note=note(summary), unit=unit_of(site["site"]), path=files[-1]
-        )
-    tracker.headline(headline(summary))
+        heading, below = title(site["site"], summary), note(summary, site)
+        robustness_figure(site, title=heading, note=below, unit=unit_of(site["site"]), path=files[-1])
+    if summary["complete"]:  # the area under a part of a grid is another number
+        tracker.headline(headline(summary))
     tracker.artifacts([file for file in files if file.exists()])
 
 
@@ -311,9 +341,12 @@ def title(curve: str, summary: Mapping[str, Any]) -> str:
     return f"{curve}: {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
 
 
-def note(summary: Mapping[str, Any]) -> str:
-    """What the numbers are from."""
+def note(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
+    """What the numbers of this site are from."""
+    n = len(summary["seeds"])
+    over = f"mean and 95 % t interval over {n} seeds" if n > 1 else "one seed, and so without an interval"
     return (
-        f"mean and 95 % t interval over {len(summary['seeds'])} seeds; test accuracy; nothing was chosen by it; "
+        f"{over}; accuracy on {site['tested']} test examples; nothing was chosen by it; "
         f"{summary['runs']['diverged']} of {sum(summary['runs'].values())} runs diverged and count at chance"
+        f"{'' if summary['complete'] else '; not all is measured yet'}"
     )

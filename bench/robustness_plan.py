@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.config import Strict, TrialConfig, UserError, check_levels, check_range, digest, study_name
-from bench.evaluators.adversarial import ATTACKS
+from bench.config import Strict, TrialConfig, UserError, check_levels, check_range, digest, study_name, unknown
+from bench.evaluators.adversarial import ATTACKS, QUERIES
 from bench.files import read_yaml
 from bench.learning.rules import parse_rule
 from bench.noise import SITES
+from bench.probe import digest_of
 from bench.recipes import recipe_of
 from bench.runs import FIRST_CONFIRM_SEED, Planned
+from bench.tracking import STEPS_PER_LEVEL
 
 #: The rule that every other one stands beside.
 REFERENCE = "backprop"
@@ -33,6 +35,8 @@ class RobustnessConfig(Strict):
     without 0, which is always measured. ``draws`` of noise an evaluation. ``update_on``: which parameters' updates
     are noisy. ``clip``: noisy pixels are cut to [0, 1], as in the -C benchmarks. ``gradients``: by which an attack
     goes (``true``, and ``feedback``: through B). ``attacked``: examples under attack; ``queries``: a black-box one's.
+
+    UserError for a level out of range, and for a setting without effect on what is measured.
     """
 
     name: str
@@ -44,26 +48,72 @@ class RobustnessConfig(Strict):
     clip: bool = False
     gradients: tuple[Literal["true", "feedback"], ...] = ("true",)
     attacked: int = 200
-    queries: int = 1000
+    queries: int = QUERIES
 
     def __post_init__(self) -> None:
         self._settle()
+        if not self.levels:
+            raise UserError(f"robustness: nothing to measure; name sites or attacks: {', '.join([*SITES, *ATTACKS])}.")
         for site, levels in self.levels.items():
-            check_levels(site, levels)
+            _check_grid(site, levels)
         check_range("robustness", "seeds", self.seeds, 1, 1000)
         check_range("robustness", "draws", self.draws, 1, 10_000)
         check_range("robustness", "attacked", self.attacked, 1)
-        check_range("robustness", "queries", self.queries, 1000)
+        check_range("robustness", "queries", self.queries, QUERIES, 10**6)
+        if not self.gradients or len(set(self.gradients)) < len(self.gradients):
+            raise UserError(f"--gradient {','.join(self.gradients)}: write true, feedback, or true,feedback.")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Refuse a setting that changes nothing of what is measured."""
+        attacks = [ATTACKS[site] for site in self.levels if site in ATTACKS]
+        after = [site for site in self.levels if site in SITES and SITES[site].disturb]
+        needs = {
+            "draws": ("--draws", after, "a site of noise after training: weight, activation, input"),
+            "update_on": ("--on", "update" in self.levels, "site update"),
+            "clip": ("--clip", "input" in self.levels, "site input"),
+            "gradients": ("--gradient", any(a.uses_gradient for a in attacks), "an attack by gradient: fgsm, pgd"),
+            "attacked": ("--attacked", attacks, "an attack"),
+            "queries": ("--queries", any(not a.uses_gradient for a in attacks), "a black-box attack: square"),
+        }
+        for name, (option, there, what) in needs.items():
+            if not there and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{option} has no effect without {what}; leave it out.")
+        if self.update_on == "feedback" and not any(parse_rule(rule).learns for rule in self.rules):
+            raise UserError(
+                "--on feedback has no effect: no B learns in these rules; use both or forward, or add a rule."
+            )
+
+
+def _check_grid(site: str, levels: Sequence[float]) -> None:
+    """UserError for an unknown site, and for levels that cannot be measured, or told apart in MLflow."""
+    if site not in SITES and site not in ATTACKS:
+        raise unknown("site or attack", site, [*SITES, *ATTACKS])
+    check_levels(site, levels)
+    if site in ATTACKS and levels[-1] > 1:
+        raise UserError(
+            f"{site}: ε = {levels[-1]:g} is in pixel values of [0, 1], and must not be above 1; of 255 steps, 8 is "
+            f"{8 / 255:.5f}."
+        )
+    if len({round(level * STEPS_PER_LEVEL) for level in (0.0, *levels)}) <= len(levels):
+        raise UserError(f"{site}: two levels (or one and 0) are closer than {1 / STEPS_PER_LEVEL:g}; spread them.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """One network to be measured: its configuration, the uid of its training, and where its weights are kept."""
+    """One network to be measured: its configuration, the uid of its training, and where its weights are kept.
+
+    ``file``: the digest of the user's own checkpoint, which is measured as it is; None for one that is trained here.
+    """
 
     uid: str
     config: TrialConfig
     path: Path
-    given: bool = False
+    file: str | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.file is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +132,8 @@ class Plan:
     def __init__(
         self, config: RobustnessConfig, *, key: str, folder: Path, given: Sequence[tuple[TrialConfig, Path]] = ()
     ) -> None:
+        if given and "update" in config.levels:
+            raise UserError("site update is noise in training: it cannot be measured of a --checkpoint.")
         self.config, self._key, self._folder = config, key, folder
         self._given = {(c.rule, c.seed): path for c, path in given}
         self._bases = {rule: TrialConfig.from_dict(values) for rule, values in config.rules.items()}
@@ -103,7 +155,7 @@ class Plan:
                 config = base.replace(seed=seed)
                 uid, path = self._uid(config.to_dict()), self._given.get((rule, seed))
                 kept = self._folder / "networks" / f"{uid}.pt"
-                yield Network(uid=uid, config=config, path=path or kept, given=path is not None)
+                yield Network(uid=uid, config=config, path=path or kept, file=digest_of(path) if path else None)
 
     def noisy(self, network: Network, level: float) -> tuple[str, TrialConfig]:
         """The training of this network with noise in its updates.
@@ -136,9 +188,9 @@ class Plan:
         for network in self.networks:
             for curves, evaluation in self._evaluations(network.config):
                 for level in (0.0, *self.config.levels[evaluation["site"]]):
-                    whole = {**evaluation, "level": level}
-                    file = {"file": digest_of(network.path)} if network.given else {}
-                    uid = self._uid(network.config.to_dict(), whole, file)
+                    file = {"file": network.file} if network.given else {}
+                    whole = {**evaluation, "level": level, **file}
+                    uid = self._uid(network.config.to_dict(), whole)
                     found[uid] = Probe(network=network, curves=curves, level=level, evaluation=whole)
         return found
 
@@ -156,7 +208,7 @@ class Plan:
         curves = {"true": site, "feedback": f"{site} through B"}
         if not ATTACKS[site].uses_gradient:
             yield (site,), {**common, "gradient": "true", "queries": self.config.queries}
-        elif config.rule == REFERENCE:  # its B is W: one attack, a point of both curves
+        elif parse_rule(config.rule).feedback == "weight":  # its B is W: one attack, a point of both curves
             yield tuple(curves[g] for g in self.config.gradients), {**common, "gradient": "true"}
         else:
             yield from (((curves[g],), {**common, "gradient": g}) for g in self.config.gradients)
@@ -171,47 +223,45 @@ def _training(config: TrialConfig, keep: Mapping[str, Any]) -> Planned:
     return Planned(config=config, kind="robustness", options={"read_test": True, **keep})
 
 
-def digest_of(path: Path) -> str:
-    """Sixteen digits that tell this file's content from another's."""
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 def rules_of(
     names: Sequence[str],
     *,
-    arch: str,
-    dataset: str,
+    arch: str | None = None,
+    dataset: str | None = None,
     changes: Mapping[str, Any],
-    files: Sequence[Path],
+    files: Sequence[Path] = (),
     results: Path,
     given: Sequence[TrialConfig] = (),
 ) -> dict[str, TrialConfig]:
     """The configuration of each rule, `REFERENCE` first; all with one recipe.
 
     Coefficients come from ``given`` (trained networks) or ``files`` (a best.yaml); else from the rule's own study under
-    ``results``. The recipe comes from there too, with ``changes`` over it. UserError where a rule's coefficients are
-    not known, or two recipes differ.
+    ``results``. The recipe is that of the first rule for which there is such a configuration (else the data set's),
+    with ``changes`` over it. So are the network and the data set, unless ``arch`` and ``dataset`` name others.
+    UserError where a rule's coefficients are not known, or two recipes differ.
     """
-    known = _from_files(files) | {c.rule: c.to_dict() for c in given}
+    named = {name: value for name, value in (("arch", arch), ("dataset", dataset)) if value is not None}
+    known = _from_files(files) | _from_networks(given, named)
     for values in known.values():
         _without_measurement(values)
-    wanted = list(dict.fromkeys([*(parse_rule(n).name for n in names), *known]))
-    if not wanted:
+    rules = list(dict.fromkeys([*(parse_rule(n).name for n in names), *known]))
+    if not rules:
         raise UserError("name the rules to measure: --rule, --config, --study or --checkpoint.")
-    found = {}
-    for rule in wanted:
-        values = known.get(rule) or _without_measurement(_from_study(rule, arch, dataset, results))
-        if rule != REFERENCE or values:
-            found[rule] = TrialConfig.from_dict(
-                {**recipe_of(dataset, arch), "arch": arch, "dataset": dataset, **values, "rule": rule, **changes}
-            )
-    first = next(iter(found.values()), None)
-    recipe = {**recipe_of(dataset, arch), "arch": arch, "dataset": dataset, **changes}
-    if first is not None:
-        recipe = {k: v for k, v in first.to_dict().items() if k not in OF_A_RULE}
-    reference = found.pop(REFERENCE, None) or TrialConfig.from_dict({**recipe, "rule": REFERENCE})
+    first: Mapping[str, Any] = next(iter(known.values()), {})
+    where = {name: first.get(name, getattr(TrialConfig, name)) for name in ("arch", "dataset")} | named
+    base = {**recipe_of(where["dataset"], where["arch"]), **where}
+    for rule in rules:
+        if rule not in known:
+            known[rule] = _without_measurement(_from_study(rule, where["arch"], where["dataset"], results))
+    shared = next(({**base, **known[rule]} for rule in rules if known[rule]), base)
+    recipe = {name: value for name, value in shared.items() if name not in OF_A_RULE}
+    found = {
+        rule: TrialConfig.from_dict(
+            {**(base if known[rule] else recipe), **known[rule], **named, "rule": rule, **changes}
+        )
+        for rule in rules
+    }
+    reference = found.pop(REFERENCE, None) or TrialConfig.from_dict({**recipe, **named, "rule": REFERENCE, **changes})
     found = {REFERENCE: reference, **found}
     _check_recipes(found)
     if reference.update_noise:
@@ -230,10 +280,29 @@ def _from_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     known: dict[str, dict[str, Any]] = {}
     for path in files:
         values = read_yaml(path)
-        rule = parse_rule(str(values.get("rule", ""))).name
+        if "rule" not in values:
+            raise UserError(f"{path} names no rule; give a configuration, such as a study's best.yaml.")
+        rule = parse_rule(str(values["rule"])).name
         if rule in known:
             raise UserError(f"{path}: rule {rule!r} is given twice; measure one configuration of a rule at a time.")
         known[rule] = values
+    return known
+
+
+def _from_networks(given: Sequence[TrialConfig], named: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The configuration that all networks of a rule have; UserError where they differ in more than the seed."""
+    known: dict[str, dict[str, Any]] = {}
+    for config in given:
+        values = config.to_dict()
+        for name, value in named.items():
+            if values[name] != value:
+                raise UserError(f"--{name} {value}: the --checkpoint has {values[name]}; leave out --{name}.")
+        first = known.setdefault(config.rule, values)
+        if other := [k for k in values if k != "seed" and values[k] != first[k]]:
+            raise UserError(
+                f"the checkpoints of rule {config.rule!r} differ in {', '.join(other)}: they are no seeds of one "
+                "configuration; measure them one at a time, each with a --name."
+            )
     return known
 
 
@@ -256,12 +325,8 @@ def _check_recipes(configs: Mapping[str, TrialConfig]) -> None:
         values = config.to_dict()
         if other := [k for k in values if k not in OF_A_RULE and values[k] != reference[k]]:
             first = f"{other[0]} is {values[other[0]]!r} for {rule!r} and {reference[other[0]]!r} for {REFERENCE!r}"
+            option = f"--{other[0]} …" if other[0] in ("arch", "dataset", "epochs") else f"--set {other[0]}=…"
             raise UserError(
                 f"the rules' recipes differ in {', '.join(other)} ({first}): such a comparison says nothing of the "
-                f"rules. Set it for all, e.g. --set {other[0]}=… or --epochs."
+                f"rules. Set it for all ({option}); of a --checkpoint, give those of one recipe."
             )
-
-
-def default_levels(sites: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """Each site's or attack's own grid."""
-    return {site: SITES[site].levels if site in SITES else ATTACKS[site].levels for site in sites}

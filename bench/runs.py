@@ -62,7 +62,7 @@ class Runs:
         self._failed_here: set[str] = set()
         self._running: dict[str, Running] = {}
         self._started_at = time.monotonic()
-        self._finished_here: list[float] = []
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of trainings, of evaluations; in this start
 
     # --- attempts
 
@@ -126,6 +126,8 @@ class Runs:
     def completed(self, uid: str, result: TrialResult) -> None:
         run = self._running[uid]
         seconds = time.monotonic() - run.since
+        if run.plan.evaluation and not result.evaluation:  # failed: it is no training
+            result = dataclasses.replace(result, evaluation=dict(run.plan.evaluation))
         if not result.provenance:  # stopped or failed: the worker had no say
             result = dataclasses.replace(result, provenance={**provenance("cpu"), "seconds": seconds})
         filed = row(uid, self._name, run.plan.kind, result)
@@ -136,7 +138,7 @@ class Runs:
         self._tracker.finish(uid, result, self._tags(run))
         self._tidy(uid)
         del self._running[uid]
-        self._finished_here.append(seconds)
+        self._seconds[bool(run.plan.evaluation)].append(seconds)
 
     def _filed(self, uid: str, run: Running, result: TrialResult) -> None:
         """The run's row is on the disk; whoever else must know is told here."""
@@ -164,13 +166,12 @@ class Runs:
 
     # --- what is said of them
 
-    def _time(self, runs_left: int) -> str:
-        """How long it has taken, and will take."""
+    def _time(self, trainings: int, evaluations: int = 0) -> str:
+        """How long it has taken, and will take: so many are left, of kinds that take unlike times."""
         gone = f"{duration(time.monotonic() - self._started_at)} gone"
-        if not self._finished_here or not runs_left:
-            return gone
-        each = sum(self._finished_here) / len(self._finished_here)
-        return f"{gone}, about {duration(runs_left * each / self._place.share.concurrent)} left"
+        kinds = [(trainings, self._seconds[False]), (evaluations, self._seconds[True])]
+        known = [count * sum(each) / len(each) for count, each in kinds if count and each]
+        return f"{gone}, about {duration(sum(known) / self._place.share.concurrent)} left" if known else gone
 
     def _lines(self) -> list[str]:
         """A line for each run under way."""

@@ -82,6 +82,8 @@ def _write_config(ready: Ready) -> str:
     UserError for a smaller budget than before, and for other data or another kind of device.
     """
     config, path = ready.config, ready.folder / "study.yaml"
+    if (ready.folder / "robustness.yaml").exists():
+        raise UserError(f"{ready.folder} holds a measurement of robustness; give this search another --name.")
     before = read_yaml(path) if path.exists() else {}
     known = before.get("config", {})
     if before and not (isinstance(known, dict) and isinstance(known.get("trials"), int)):

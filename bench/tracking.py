@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from bench.stores import check_uri, shown
 
 #: The longest value of a parameter or tag that older servers take too, in characters.
 _LONGEST = 5000
+#: What MLflow's names may not hold, and a rule's may: amp+null.
+_NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]")
 #: MLflow's steps are whole numbers; the levels of noise and of attacks are not.
 STEPS_PER_LEVEL = 1_000_000
 
@@ -146,12 +149,15 @@ class Tracker:
         """The study's own numbers, on the parent run; those that are not finite become a tag."""
         kept, dropped = _finite(metrics)
         tags = {"bench.not_finite": ", ".join(dropped)} if dropped else {}
-        self._put("headline", metrics=kept, tags=tags)
+        self._put("headline", metrics={_name(name): value for name, value in kept.items()}, tags=tags)
 
     def curve(self, name: str, points: Mapping[float, float]) -> None:
-        """A curve of the study: the metric ``name`` on the parent run, at step = level · 10⁶ (MLflow's are whole)."""
+        """A curve of the study: the metric ``name`` on the parent run, at step = level · 10⁶ (MLflow's are whole).
+
+        A value that is there already is not logged again. In names, what MLflow forbids becomes "-".
+        """
         kept, _ = _finite({str(round(level * STEPS_PER_LEVEL)): value for level, value in points.items()})
-        self._put("curve", metric=name, points=kept)
+        self._put("curve", metric=_name(name), points=kept)
 
     def artifacts(self, paths: Iterable[Path]) -> None:
         """Files and folders for the parent run; they are read when they are delivered."""
@@ -217,7 +223,8 @@ class Tracker:
         if kind == "robustness":
             site, level = evaluation.get("site", "update"), evaluation.get("level", config.update_noise)
             through = " through B" if evaluation.get("gradient") == "feedback" else ""
-            own = f"{config.rule} {site}{through} {level:g} seed {config.seed}"
+            what = f"{site}{through} {level:g}" if evaluation or level else "training"
+            own = f"{config.rule} {what} seed {config.seed}"
         elif kind in ("confirm", "control"):
             own = f"{kind} {config.rule} seed {config.seed}"
         else:
@@ -241,7 +248,12 @@ def _finite(metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
     return kept, [name for name in metrics if name not in kept]
 
 
+def _name(text: str) -> str:
+    """As MLflow takes it: amp+null is amp-null there."""
+    return _NOT_IN_A_NAME.sub("-", text)
+
+
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Nested values as MLflow's flat text: ``coefficients.decay`` = 0.001; cut where it is too long."""
-    flat = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(values)}
+    flat = {_name(name): value if isinstance(value, str) else json.dumps(value) for name, value in flatten(values)}
     return {name: text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…" for name, text in flat.items()}

@@ -19,7 +19,7 @@ from bench.learning.convert import Conversion, convert
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.rules import Rule, parse_rule
 from bench.models import build, required_image_size, resolve_stem
-from bench.noise import UpdateNoise
+from bench.noise import ADDED_UP, UpdateNoise
 
 #: A mean training loss beyond this many times the loss of guessing is of no more use.
 HOPELESS = 20.0
@@ -148,6 +148,20 @@ def lr_factor(config: TrialConfig, progress: float) -> float:
     if config.schedule == "step":
         return config.step_factor ** sum(progress >= e for e in config.step_epochs)
     return 1.0
+
+
+def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
+    """Levels σ of update noise that span "no effect" to "nothing left" for this recipe, of ``steps`` an epoch.
+
+    What σ does depends on the recipe: over a training the noise adds up, in a weight that nothing else moves, to
+    N(0, σ²·v), v ← v·(1 − η·λ)² + η² over all steps (η the learning rate, λ the weight decay, no momentum). The
+    levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
+    """
+    v = 0.0
+    for step in range(config.epochs * steps):
+        lr = config.lr * lr_factor(config, (step + 0.5) / steps)
+        v = v * (1 - lr * config.weight_decay) ** 2 + lr**2
+    return tuple(float(f"{size / math.sqrt(v):.2g}") for size in ADDED_UP)
 
 
 def who_learns(config: TrialConfig, step: int, progress: float) -> tuple[bool, bool]:

@@ -85,7 +85,10 @@ def test_results_that_cannot_be_written_are_refused(folder: Path, capfd: pytest.
 def test_every_list_is_shown_and_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"rules", "primitives", "networks", "datasets", "spaces", "samplers", "schedulers"} == set(found)
+    assert set(found) == {
+        *("rules", "primitives", "networks", "datasets", "spaces", "samplers", "schedulers"),
+        *("objectives", "sites", "attacks"),
+    }
     assert {"sparse", "kolen-pollack"} <= {r["name"] for r in found["rules"]}
     assert main(["list", "rules"]) == 0
     assert "weight mirror" in capsys.readouterr().out

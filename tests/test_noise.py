@@ -14,7 +14,8 @@ from bench.config import Site, TrialConfig, UserError, check_levels
 from bench.learning.convert import convert
 from bench.learning.layers import asymmetric_layers
 from bench.learning.learner import FeedbackLearner, parameter_groups
-from bench.noise import CORRUPTION_SEVERITIES, SITES, On, UpdateNoise, seed_of
+from bench.noise import ADDED_UP, CORRUPTION_SEVERITIES, SITES, On, UpdateNoise, seed_of
+from bench.training import lr_factor, update_levels
 
 COEFFICIENTS: dict[str, dict[str, float]] = {
     "backprop": {},
@@ -34,9 +35,10 @@ def test_the_table_has_the_sites_of_the_configuration_and_grids_that_it_takes() 
     for name, site in SITES.items():
         assert site.name == name
         assert (site.disturb is None) == (site.when == "training") == (name == "update")
-        check_levels(name, site.levels)
-        assert 6 <= len(site.levels) <= 8
-        TrialConfig(rule="backprop", noise_site=site.name, noise_levels=site.levels)
+        levels = site.levels or update_levels(TrialConfig(rule="backprop"), 40)
+        check_levels(name, levels)
+        assert 6 <= len(levels) <= 8
+        TrialConfig(rule="backprop", noise_site=site.name, noise_levels=levels)
     assert get_type_hints(TrialConfig)["update_noise_on"] == On
 
 
@@ -295,3 +297,31 @@ def test_what_makes_no_sense_is_refused() -> None:
         UpdateNoise(run.optimizer, 0.1, "backward")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="parameter_groups"):
         UpdateNoise(torch.optim.SGD(run.model.parameters(), lr=0.1), 0.1)
+
+
+def test_the_default_levels_of_update_noise_are_those_that_add_up_to_the_grid() -> None:
+    """A weight that nothing moves but the noise and its decay, trained 2,000 times side by side."""
+    config = TrialConfig(rule="backprop", epochs=4, lr=0.1, weight_decay=0.05, momentum=0.0, nesterov=False)
+    steps = 25
+    weight = nn.Parameter(torch.zeros(2000))
+    group = {"params": [weight], "name": "weights", "lr": 0.0, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.SGD([group], lr=0.0)
+    levels = update_levels(config, steps)
+    noise = UpdateNoise(optimizer, sigma=levels[3])
+    noise.seed(1)
+    for step in range(config.epochs * steps):
+        optimizer.param_groups[0]["lr"] = config.lr * lr_factor(config, (step + 0.5) / steps)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        noise.add()
+    assert weight.std().item() == pytest.approx(ADDED_UP[3], rel=0.06)
+    assert [level / levels[3] for level in levels] == pytest.approx([a / ADDED_UP[3] for a in ADDED_UP], rel=0.1)
+
+
+def test_a_longer_training_and_a_higher_rate_need_less_noise() -> None:
+    config = TrialConfig(rule="backprop", epochs=4, weight_decay=0.0, schedule="constant", warmup_epochs=0)
+    alone = update_levels(config, 25)
+    # without decay and schedule: σ = size / (η·√steps)
+    assert alone == pytest.approx([size / (config.lr * 10) for size in ADDED_UP], rel=0.06)
+    assert update_levels(config.replace(epochs=16), 25) == pytest.approx([n / 2 for n in alone], rel=0.06)
+    assert update_levels(config.replace(lr=0.2), 25) == pytest.approx([n / 2 for n in alone], rel=0.06)

@@ -19,6 +19,7 @@ from bench.choices import PATIENCE
 from bench.cli import main
 from bench.config import StudyConfig, TrialConfig, TrialResult
 from bench.curves import area
+from bench.datasets import load
 from bench.engine import Task
 from bench.files import read_yaml
 from bench.front import pareto_front
@@ -29,7 +30,7 @@ from bench.search import _write_best
 from bench.space import load_space
 from bench.study import Study
 from bench.summary import columns, headline, summarize, table_rows
-from bench.training import prepare
+from bench.training import prepare, update_levels
 from bench.verbs.common import BAD_INPUT
 from bench.verbs.train import _train_config
 from test_campaign import Silent
@@ -403,7 +404,10 @@ def test_the_study_says_what_it_searches(tmp_path: Path, monkeypatch: pytest.Mon
     for site in SITES:
         robust = resolved([*ROBUST, "--site", site], monkeypatch)
         assert robust.name == f"symmetric-resnet20-digits-robustness-{site}"
-        assert robust.recipe["noise_levels"] == list(SITES[site].levels)
+        recipe = {k: v for k, v in robust.recipe.items() if not k.startswith("noise_")}
+        plain = TrialConfig(rule="backprop", arch="resnet20", epochs=robust.epochs, **recipe)
+        steps = load("digits").sizes["train"] // plain.batch_size
+        assert robust.recipe["noise_levels"] == list(SITES[site].levels or update_levels(plain, steps))
         assert (robust.scheduler, robust.confirm_top) == (StudyConfig.scheduler, 1)
 
     both = resolved([*BOTH, "--sigma", "0.2,0.6", "--draws", "3", "--name", "mine"], monkeypatch)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.campaign import confirm_seeds
-from bench.config import study_name, StudyConfig
+from bench.config import StudyConfig, study_name
 from bench.place import share_out
 
 QUICK = [

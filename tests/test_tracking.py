@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.config import StudyConfig, UserError
+from bench.config import StudyConfig, TrialConfig, UserError
+from bench.mlflow_store import Store
 from bench.rows import row
 from mlflow_book import CONFIG, Book, delivered, epochs, finished, made, run_whole, study_name
 
@@ -194,6 +198,83 @@ def test_a_row_is_recorded_once_whole(book: Book, name: str) -> None:
     assert child.data.tags["bench.from_study"] == "another"
     assert child.data.tags["bench.git_revision"] == "abc"
     assert [step for step, _ in book.points(child, "val_acc")] == [1, 2, 3, 4]
+
+
+NAMES: list[tuple[TrialConfig, dict[str, Any], str]] = [
+    (CONFIG, {}, "mirror training seed 3"),
+    (CONFIG.replace(update_noise=0.3), {}, "mirror update 0.3 seed 3"),
+    (CONFIG, {"site": "weight", "level": 0.0, "draws": 5}, "mirror weight 0 seed 3"),
+    (CONFIG, {"site": "weight", "level": 0.25, "draws": 5}, "mirror weight 0.25 seed 3"),
+    (CONFIG, {"site": "pgd", "level": 8 / 255, "gradient": "true"}, "mirror pgd 0.0313725 seed 3"),
+    (CONFIG, {"site": "pgd", "level": 8 / 255, "gradient": "feedback"}, "mirror pgd through B 0.0313725 seed 3"),
+]
+
+
+def test_runs_of_a_measurement_are_named_by_what_they_are_of(book: Book, name: str) -> None:
+    with book.open() as tracker:
+        tracker.study(name, config={})
+        for i, (config, evaluation, _) in enumerate(NAMES):
+            tracker.start(str(i), "robustness", config, evaluation=evaluation)
+            tracker.finish(str(i), finished(0, config=config, evaluation=evaluation))
+        delivered(tracker)
+    children = book.children(name)
+    for i, (_, evaluation, wanted) in enumerate(NAMES):
+        run = children[str(i)]
+        assert run.info.run_name == f"{wanted} · {name}"
+        found = {k.removeprefix("evaluation."): v for k, v in run.data.params.items() if k.startswith("evaluation.")}
+        assert found == {k: v if isinstance(v, str) else json.dumps(v) for k, v in evaluation.items()}
+
+
+def test_a_curve_has_its_levels_as_steps_and_each_value_once(book: Book, name: str) -> None:
+    metric, curve = "weight/mirror/test_acc", {0.0: 0.9, 8 / 255: 0.8, 0.1: 0.7, 1.0: math.nan}
+    for points in (curve, curve, {**curve, 0.2: 0.4}, {**curve, 0.1: 0.6}):
+        with book.open() as tracker:
+            tracker.study(name, config={})
+            tracker.curve(metric, points)
+            delivered(tracker)
+    by_time = sorted(book.client().get_metric_history(book.parent(name).info.run_id, metric), key=lambda p: p.timestamp)
+    assert [(p.step, p.value) for p in by_time[:4]] == [(0, 0.9), (31_373, 0.8), (100_000, 0.7), (200_000, 0.4)]
+    assert [(p.step, p.value) for p in by_time[4:]] == [(100_000, 0.6)]  # measured anew, of other seeds
+
+
+def test_a_curve_comes_through_the_spool_and_may_come_twice(
+    book: Book, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations: list[Any] = []
+    monkeypatch.setattr(Store, "deliver", lambda _, operation: operations.append(operation))
+    with book.open() as tracker:
+        tracker.study(name, config={})
+        for value in (0.7, 0.6):
+            tracker.curve("update/mirror/test_acc", {0.0: 0.9, 0.1: value})
+            delivered(tracker)
+            time.sleep(0.01)
+    monkeypatch.undo()
+    text = [json.dumps(operation) for operation in operations]
+    for line in (*text, *text):  # a killed driver's spool, delivered once more
+        Store(book.uri, book.artifacts, "bench").deliver(json.loads(line))
+    assert sorted(book.points(book.parent(name), "update/mirror/test_acc")) == [
+        (0, 0.9),
+        (100_000, 0.6),
+        (100_000, 0.7),
+    ]
+
+
+def test_a_rule_of_several_primitives_has_names_that_mlflow_takes(book: Book, name: str) -> None:
+    """It forbids the + in amp+null, and would refuse the whole parent run for it."""
+    with book.open() as tracker:
+        tracker.study(name, config={"rules": {"amp+null": {"lr": 0.1}}}, tags={"bench.rules": "amp+null"})
+        tracker.headline({"weight/amp+null/area": 0.5, "weight/backprop/area": 0.6})
+        tracker.curve("weight/amp+null/test_acc", {0.0: 0.9})
+        delivered(tracker)
+    parent = book.parent(name)
+    assert parent.data.params == {"rules.amp-null.lr": "0.1"}
+    assert parent.data.tags["bench.rules"] == "amp+null"
+    assert parent.data.metrics == {
+        "weight/amp-null/area": 0.5,
+        "weight/backprop/area": 0.6,
+        "weight/amp-null/test_acc": 0.9,
+    }
+    assert book.said == []
 
 
 def test_studies_of_one_name_are_told_apart_by_identity(book: Book, name: str) -> None:

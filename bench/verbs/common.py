@@ -7,10 +7,13 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.config import UserError
 from bench.files import parse_scalar
+
+if TYPE_CHECKING:
+    from bench.place import Options
 
 #: Exit statuses: bad input or a state that the user must mend; an interruption (128 + SIGINT); 128 + SIGPIPE.
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -72,6 +75,19 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.split(","))
     except ValueError as error:
         raise UserError(f"{option} {text}: write numbers with commas between, e.g. {option} 0.1,0.2,0.4.") from error
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    """The options that say where and how runs run."""
+    from bench.place import Options
+
+    return Options(
+        results=given.results,
+        data_dir=given.data_dir,
+        device=given.device,
+        concurrent=given.concurrent,
+        tracking_uri=given.tracking_uri,
+    )
 
 
 def check_name(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from bench.verbs.common import (
     add_where,
     check_name,
     numbers,
+    options_of,
     parse_settings,
     verb,
     writable,
@@ -25,14 +26,17 @@ if TYPE_CHECKING:
     from bench.config import TrialConfig
     from bench.robustness import Ready, Robustness
 
+#: The networks of each rule.
+SEEDS = 5
+
 
 def add(verbs: Any) -> None:
     p = verb(
         verbs, "robustness", _robustness, "measure how rules stand noise in training, and noise or attacks after it"
     )
     p.add_argument("--rule", default="", metavar="R[,R...]", help="rules; backprop is always beside them")
-    p.add_argument("--arch", default="resnet18", metavar="A", help="a name from `bench list networks`")
-    p.add_argument("--dataset", default="digits", metavar="D", help="a name from `bench list datasets`")
+    p.add_argument("--arch", metavar="A", help="from `bench list networks` (else the --config's; else resnet18)")
+    p.add_argument("--dataset", metavar="D", help="from `bench list datasets` (else the --config's; else digits)")
     p.add_argument("--site", metavar="S[,S...]", help="update, weight, activation, input (else all, if no --attack)")
     p.add_argument("--sigma", metavar="X,X...", help="levels of noise, of one site; or imagenet-c, cifar10-c (input)")
     p.add_argument("--on", default="both", help="whose updates are noisy: both, forward, feedback")
@@ -43,7 +47,9 @@ def add(verbs: Any) -> None:
     p.add_argument("--gradient", default="true", metavar="G[,G]", help="of an attack: true; feedback, through B")
     p.add_argument("--attacked", type=int, default=200, metavar="N", help="test examples under attack")
     p.add_argument("--queries", type=int, default=1000, metavar="N", help="of a black-box attack, each example")
-    p.add_argument("--seeds", type=int, default=5, metavar="N", help="networks of each rule, the same seeds for all")
+    p.add_argument(
+        "--seeds", type=int, default=SEEDS, metavar="N", help="networks of each rule, the same seeds for all"
+    )
     p.add_argument("--config", action="append", default=[], type=Path, metavar="YAML", help="of a rule: a best.yaml")
     p.add_argument("--study", action="append", default=[], metavar="STUDY", help="take the best of this search")
     p.add_argument(
@@ -52,7 +58,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--epochs", type=int, metavar="E", help="of each training (else as in the search)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe of all")
     p.add_argument("--concurrent", type=int, metavar="K", help="runs at a time (else one per core, or GPU)")
-    p.add_argument("--keep-networks", action="store_true", help="leave the trained networks in the folder")
+    p.add_argument("--keep-networks", action="store_true", help="leave the trained networks in the folder, from now on")
     p.add_argument("--name", metavar="STUDY", help="of the measurement (else robustness-ARCH-DATASET)")
     add_where(p)
     add_results(p)
@@ -61,43 +67,41 @@ def add(verbs: Any) -> None:
 
 def _robustness(given: argparse.Namespace) -> int:
     from bench.config import study_name
+    from bench.evaluators.adversarial import GRADIENTS
     from bench.models import check_arch
-    from bench.place import Options
+    from bench.place import default_levels
     from bench.recipes import check_recipe
     from bench.robustness import prepare_measurement
     from bench.robustness_plan import RobustnessConfig, rules_of
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
-    check_arch(given.arch)
-    changes = check_recipe(parse_settings(given.set)) | ({"epochs": given.epochs} if given.epochs else {})
+    if given.arch is not None:
+        check_arch(given.arch)
+    changes = check_recipe(parse_settings(given.set)) | ({} if given.epochs is None else {"epochs": given.epochs})
     networks = _networks(given)
+    levels = _levels(given)
+    gradients: Any = tuple(_names(given.gradient, GRADIENTS, "gradient"))
     rules = rules_of(
-        [name for name in given.rule.split(",") if name],
+        _names(given.rule, None, "rule"),
         arch=given.arch,
         dataset=given.dataset,
         changes=changes,
-        files=[*given.config, *(given.results / study / "best.yaml" for study in given.study)],
+        files=[*given.config, *(_best(given.results, study) for study in given.study)],
         results=given.results,
         given=[config for config, _ in networks],
     )
+    first, options = next(iter(rules.values())), options_of(given)
     config = RobustnessConfig(
-        name=check_name(given.name or study_name("robustness", given.arch, given.dataset)),
+        name=check_name(given.name or study_name("robustness", first.arch, first.dataset)),
         rules={rule: each.to_dict() for rule, each in rules.items()},
-        levels=_levels(given),
-        seeds=given.seeds,
+        levels={site: named or default_levels(site, first, options) for site, named in levels.items()},
+        seeds=len({each.seed for each, _ in networks}) or given.seeds,
         draws=given.draws,
         update_on=given.on,
         clip=given.clip,
-        gradients=tuple(given.gradient.split(",")),
+        gradients=gradients,
         attacked=given.attacked,
         queries=given.queries,
-    )
-    options = Options(
-        results=given.results,
-        data_dir=given.data_dir,
-        device=given.device,
-        concurrent=given.concurrent,
-        tracking_uri=given.tracking_uri,
     )
     ready = prepare_measurement(config, options, networks)
     writable(given.results)
@@ -110,13 +114,17 @@ def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:
         return []
     from bench.checkpoint import read_checkpoint
     from bench.config import TrialConfig
+    from bench.learning.rules import parse_rule
 
-    if given.config or given.study or given.epochs or given.set:
+    if given.config or given.study or given.epochs is not None or given.set:
         raise UserError("--checkpoint brings its configuration: leave out --config, --study, --epochs and --set.")
+    if given.seeds != SEEDS:
+        raise UserError("--checkpoint brings its seed, which all rules then have: leave out --seeds.")
     found: dict[tuple[str, int], tuple[TrialConfig, Path]] = {}
     for path in given.checkpoint:
         state = read_checkpoint(path)
         config = TrialConfig.from_dict(state["config"])
+        config = config.replace(rule=parse_rule(config.rule).name)
         if state["epoch"] < config.epochs:
             raise UserError(
                 f"{path} is trained for {state['epoch']} of its {config.epochs} epochs; finish it with "
@@ -129,38 +137,51 @@ def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:
 
 
 def _levels(given: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """The grid of each site and attack: its own, or the one that was named."""
+    """The grid that was named of each site and attack to be measured; empty: its own."""
     from bench.evaluators.adversarial import ATTACKS
     from bench.noise import CORRUPTION_SEVERITIES, SITES
-    from bench.robustness_plan import default_levels
 
-    attacks = _names(given.attack, ATTACKS, "attack")
-    sites = _names(given.site, SITES, "site") or ([] if attacks else list(SITES))
+    attacks = [] if given.attack is None else _names(given.attack, ATTACKS, "attack")
+    all_sites = [] if attacks else list(SITES)
+    sites = all_sites if given.site is None else _names(given.site, SITES, "site")
+    if given.keep_networks and {*sites, *attacks} == {"update"}:
+        raise UserError("--keep-networks has no effect with site update alone: no network is measured after training.")
     if given.checkpoint and "update" in sites:
-        if given.site:
+        if given.site is not None:
             raise UserError("site update is noise in training: it cannot be measured of a --checkpoint.")
         sites.remove("update")
-    levels = default_levels([*sites, *attacks])
-    if given.sigma:
+    levels: dict[str, tuple[float, ...]] = dict.fromkeys([*sites, *attacks], ())
+    if given.sigma is not None:
         if len(sites) != 1:
             raise UserError("--sigma is in the unit of one site: name it, with --site.")
         named = {name.lower().replace("-10", "10"): severities for name, severities in CORRUPTION_SEVERITIES.items()}
-        if given.sigma in named and sites != ["input"]:
+        if given.sigma.lower() in named and sites != ["input"]:
             raise UserError(f"--sigma {given.sigma} belongs to --site input.")
-        levels[sites[0]] = named.get(given.sigma) or numbers("--sigma", given.sigma)
-    if given.epsilon:
+        levels[sites[0]] = named.get(given.sigma.lower()) or numbers("--sigma", given.sigma)
+    if given.epsilon is not None:
         if not attacks:
             raise UserError("--epsilon is of attacks: name one, with --attack.")
         levels |= dict.fromkeys(attacks, numbers("--epsilon", given.epsilon))
     return levels
 
 
-def _names(text: str | None, known: Any, what: str) -> list[str]:
-    names = [name for name in (text or "").split(",") if name]
+def _names(text: str, known: Collection[str] | None, what: str) -> list[str]:
+    """Names with commas between, each once; of ``known``, if the names are listed."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names and known is not None:
+        raise UserError(f"--{what} {text!r} names none; leave the option out, or name some.")
     for name in names:
-        if name not in known:
+        if known is not None and name not in known:
             raise unknown(what, name, known)
     return list(dict.fromkeys(names))
+
+
+def _best(results: Path, study: str) -> Path:
+    """The configuration that a search found."""
+    path = results / study / "best.yaml"
+    if not path.exists():
+        raise UserError(f"--study {study}: there is no {path}; name a finished `bench search`, or give --config.")
+    return path
 
 
 def _run(ready: Ready, *, json_wanted: bool, keep_networks: bool) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from bench.config import Objective, StudyConfig, UserError, check_range, study_name, unknown
+from bench.config import Objective, StudyConfig, TrialConfig, UserError, check_range, study_name, unknown
 from bench.verbs.common import (
     INTERRUPTED,
     add_json,
@@ -15,6 +15,7 @@ from bench.verbs.common import (
     add_where,
     check_name,
     numbers,
+    options_of,
     parse_settings,
     verb,
     writable,
@@ -54,7 +55,6 @@ def add(verbs: Any) -> None:
 def _search(given: argparse.Namespace) -> int:
     from bench.learning.rules import parse_rule
     from bench.models import check_arch
-    from bench.place import Options
     from bench.recipes import check_recipe, recipe_of
     from bench.search import check
     from bench.space import load_space
@@ -62,10 +62,10 @@ def _search(given: argparse.Namespace) -> int:
     check_range("--concurrent", "concurrent", given.concurrent, 1)
     rule = parse_rule(given.rule).name
     changes = check_recipe(parse_settings(given.set))
-    noise = _noise(given)
-    recipe = {**recipe_of(given.dataset, given.arch), **changes, **noise}
-    both = given.objective == "both"
     check_arch(given.arch)
+    recipe = {**recipe_of(given.dataset, given.arch), **changes}
+    recipe |= _noise(given, recipe)
+    both = given.objective == "both"
     space = load_space(rule, given.arch)
     config = StudyConfig(
         name=check_name(given.name or _name(given, rule)),
@@ -83,14 +83,7 @@ def _search(given: argparse.Namespace) -> int:
         recipe=recipe,
         space=space.to_dict(),
     )
-    options = Options(
-        results=given.results,
-        data_dir=given.data_dir,
-        device=given.device,
-        concurrent=given.concurrent,
-        tracking_uri=given.tracking_uri,
-    )
-    ready = check(config, space, options)
+    ready = check(config, space, options_of(given))
     writable(given.results)
     return _run_search(ready, json_wanted=given.json)
 
@@ -101,9 +94,10 @@ def _name(given: argparse.Namespace, rule: str) -> str:
     return study_name(rule, given.arch, given.dataset) + what
 
 
-def _noise(given: argparse.Namespace) -> dict[str, Any]:
+def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a trial that measures its robustness; none in a search for accuracy alone."""
     from bench.noise import SITES
+    from bench.place import default_levels
 
     if given.objective not in OBJECTIVE_NAMES:
         raise unknown("objective", given.objective, OBJECTIVE_NAMES)
@@ -117,7 +111,11 @@ def _noise(given: argparse.Namespace) -> dict[str, Any]:
         if given.site:
             raise unknown("site", given.site, SITES)
         raise UserError(f"--objective {given.objective} needs the --site of the noise: {', '.join(SITES)}.")
-    levels = numbers("--sigma", given.sigma) if given.sigma else SITES[given.site].levels
+    if given.sigma:
+        levels = numbers("--sigma", given.sigma)
+    else:
+        what = {"rule": "backprop", "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
+        levels = default_levels(given.site, TrialConfig.from_dict({**recipe, **what}), options_of(given))
     return {"noise_site": given.site, "noise_levels": list(levels), "noise_draws": given.draws}
 
 
