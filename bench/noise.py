@@ -267,7 +267,7 @@ _ROWS = (
     NoiseSite(
         name="update",
         when="training",
-        unit="learning rate × σ per step",
+        unit="each step adds η·N(0, σ²)",
         levels=None,
         definition="after each optimizer step θ ← θ + η·ε, ε ~ N(0, σ²), η the current learning rate of θ's group",
         source="Kunin et al. 2020, arXiv 2003.01513; their code, custom_optimizers.build_noisy_optimizer",
