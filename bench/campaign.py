@@ -160,6 +160,13 @@ class Campaign(Runs):
         for known in (*self.search_rows(), *self.confirm_rows(), *self.control_rows()):
             self._tracker.record(known["uid"], known["kind"], known)
 
+    def outlook(self) -> str:
+        """What there is to do, in one line."""
+        config = self.config
+        lanes = 1 + len(config.recipe["noise_levels"]) if config.recipe.get("noise_site") == "update" else 1
+        each = f", {lanes} networks each" if lanes > 1 else ""
+        return f"{config.trials} trials of {config.epochs} epochs{each}"
+
     def render(self) -> str:
         """The live display: a line for the whole, and one for each run under way."""
         counts = self._study.counts()

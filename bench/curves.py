@@ -2,6 +2,10 @@
 
 A curve is the clean accuracy (level 0) and the accuracies at rising levels sigma_1 < … < sigma_m, all above 0.
 Accuracies are shares in [0, 1], chance is 1 / classes, and ``tested`` is the number of examples behind each accuracy.
+
+``floor`` is the accuracy of a network that has lost everything: chance under noise (None means that), 0 under an
+attack, which does not stop at guessing. Whether a network has learned anything is asked of its clean accuracy, against
+chance, in either case.
 """
 
 from __future__ import annotations
@@ -36,21 +40,29 @@ def above_chance(chance: float, tested: int) -> float:
     return chance + 2 * math.sqrt(chance * (1 - chance) / tested)
 
 
-def relative_area(area: float, clean: float, chance: float, tested: int) -> float | None:
-    """(area − chance) / (clean − chance): 1 where the noise did nothing, 0 where it left nothing.
+def relative_area(area: float, clean: float, chance: float, tested: int, *, floor: float | None = None) -> float | None:
+    """(area − floor) / (clean − floor): 1 where the noise did nothing, 0 where it left nothing.
 
-    Both are taken above chance, for that is what a network has to lose: of an accuracy of 20 % with ten classes, noise
-    cannot take more than half, and such a network would look robust. Above 1 where noise helps, and below 0 by luck.
+    Both are taken above the floor, for that is what a network has to lose: of an accuracy of 20 % with ten classes,
+    noise cannot take more than half, and such a network would look robust. An attack can take all of it. Above 1 where
+    noise helps, and below 0 by luck.
 
     None where the clean accuracy is at chance (`above_chance`): there is nothing to lose, which is not robustness.
     """
-    return (area - chance) / (clean - chance) if clean > above_chance(chance, tested) else None
+    floor = chance if floor is None else floor
+    return (area - floor) / (clean - floor) if clean > above_chance(chance, tested) else None
 
 
 def half_level(
-    levels: Sequence[float], accuracies: Sequence[float], clean: float, chance: float, tested: int
+    levels: Sequence[float],
+    accuracies: Sequence[float],
+    clean: float,
+    chance: float,
+    tested: int,
+    *,
+    floor: float | None = None,
 ) -> float | None:
-    """The first level at which half of the accuracy above chance is gone, in the unit of the levels.
+    """The first level at which half of the accuracy above the floor is gone, in the unit of the levels.
 
     Accuracy is taken as linear in log sigma between two levels, and as linear in sigma between 0 and sigma_1, where
     there is no logarithm. math.inf where the curve does not fall that low within the grid (the true one lies beyond
@@ -59,7 +71,8 @@ def half_level(
     _check(levels, accuracies)
     if clean <= above_chance(chance, tested):
         return None
-    half = chance + (clean - chance) / 2
+    floor = chance if floor is None else floor
+    half = floor + (clean - floor) / 2
     i = next((i for i, accuracy in enumerate(accuracies) if accuracy <= half), None)
     if i is None:
         return math.inf

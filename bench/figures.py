@@ -91,7 +91,8 @@ def robustness_figure(site: Mapping[str, Any], *, title: str, note: str, unit: s
 
     Above: accuracy (%), mean and 95 % interval over seeds, against the level on a log axis; the network without noise
     stands before the break. An open marker is a level at which a run diverged. A triangle on the axis is the level that
-    halves the accuracy above chance, where all seeds have one. Below, if there is anything to compare: the differences
+    halves the accuracy above the floor, where all seeds have one. A rule without noise at the site has its clean mark
+    alone. Below, if there is anything to compare: the differences
     to the reference, paired by seed, with their intervals.
 
     ``unit`` is that of the level; ``note`` says what was measured (n, data, budget). UserError for another suffix,
@@ -193,6 +194,10 @@ def _accuracies(axes: Axes, site: Mapping[str, Any]) -> None:
     axes.annotate("chance", (0, 100 * site["chance"]), (3, 2), fontsize=7.5, **_AT_LEFT)
     for found in site["rules"]:
         rule, style = found["rule"], look(found["rule"])
+        if found["unaffected"]:
+            if found["clean"]:
+                _clean(axes, zero, found, None)
+            continue
         at = [level for level in found["curve"] if level["acc"]]
         places, means, low, high = _percent((_place(each["level"], levels), each["acc"]) for each in at)
         axes.fill_between(places, low, high, color=style.color, alpha=0.16, linewidth=0, gid=f"band {rule}")
@@ -232,15 +237,18 @@ def _legend(axes: Axes, site: Mapping[str, Any]) -> list[Any]:
     return handles
 
 
-def _clean(axes: Axes, zero: float, found: Mapping[str, Any], first: tuple[list[float], list[float]]) -> None:
-    """Accuracy without noise, and a thin line over the break to the first level."""
+def _clean(axes: Axes, zero: float, found: Mapping[str, Any], first: tuple[list[float], list[float]] | None) -> None:
+    """Accuracy without noise, and a thin line over the break to the first level; None where noise does not get to."""
     style = look(found["rule"])
     _, [mean], [low], [high] = _percent([(zero, found["clean"])])
-    axes.plot([zero, *first[0]], [mean, *first[1]], color=style.color, linewidth=0.8, linestyle=":")
+    if first:
+        axes.plot([zero, *first[0]], [mean, *first[1]], color=style.color, linewidth=0.8, linestyle=":")
     drawn = axes.errorbar(
         [zero], [mean], [[mean - low], [high - mean]], color=style.color, marker=style.marker, linewidth=1
     )
     drawn[0].set_gid(f"clean {found['rule']}")
+    if first is None:  # no curve stands for it in the legend
+        drawn[0].set_label(f"{found['rule']}, no noise")
 
 
 def _differences(axes: Axes, site: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.place import Options
 from bench.robustness import note, title, unit_of
-from bench.robustness_words import curve_columns, curve_rows, table_columns, table_rows, verdict_lines
+from bench.robustness_words import curve_columns, curve_rows, draws_line, table_columns, table_rows, verdict_lines
 from bench.summary import columns as search_columns
 from bench.summary import table_rows as search_rows
 from bench.terminal import Console, console, table
@@ -35,10 +35,13 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     rows = search_rows(summary)
     if rows:
         note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
+        if summary["objective"] == "both":
+            note += "; ● on the front of the validation means: what differs by less than ± may trade places"
         out.print(table(head, search_columns(summary), rows, caption=note))
     best = Path(summary["folder"]) / "best.yaml"
     if best.exists():
-        out.print(f"best configuration: {best}", markup=False)
+        what = "best compromise of the front" if summary["objective"] == "both" else "best configuration"
+        out.print(f"{what}: {best}", markup=False)
     _print_link(out, summary, options)
 
 
@@ -53,7 +56,8 @@ def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options)
     out.print(f"runs: {counts}", markup=False)
     for site in summary["sites"]:
         head = title(site["site"], summary)
-        out.print(table(head, curve_columns(site), curve_rows(site), texts=1, caption=unit_of(site["site"])))
+        unit = "; ".join(filter(None, (f"{site['symbol']}: {unit_of(site['site'])}", draws_line(site))))
+        out.print(table(head, curve_columns(site), curve_rows(site), texts=1, caption=unit))
         out.print(table("", table_columns(site), table_rows(site), caption=note(summary, site)))
     for line in verdict_lines(summary) if summary["complete"] else ():
         out.print(line, markup=False)

@@ -57,7 +57,8 @@ def run_probe(
     if threads := options.get("threads"):
         torch.set_num_threads(threads)
     trial = prepare(config, **where)
-    load_weights(path, trial.model, read_checkpoint(path, trial.device)["model"])
+    weights = read_checkpoint(path, trial.device)["model"]
+    load_weights(path, trial.model, weights)
     with trial.autocast():
         metrics = _attacked(trial, evaluation) if evaluation["site"] in ATTACKS else _noisy(trial, evaluation)
     return TrialResult(
@@ -65,8 +66,17 @@ def run_probe(
         status="finished",
         metrics=metrics,
         evaluation=dict(evaluation),
-        provenance=provenance_of(trial, time.perf_counter() - started),
+        provenance={**provenance_of(trial, time.perf_counter() - started), "network": digest_of_weights(weights)},
     )
+
+
+def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """Sixteen digits that tell this network from another, bit for bit: a training on a GPU may not repeat."""
+    whole = hashlib.sha256()
+    for name, value in weights.items():
+        whole.update(name.encode())
+        whole.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def digest_of(path: Path) -> str:
@@ -111,4 +121,5 @@ def _attacked(trial: Trial, evaluation: Mapping[str, Any]) -> dict[str, float]:
         seed=trial.config.seed,
         **more,
     )
-    return {"test_acc": found.accuracy, "examples": float(found.n)}
+    settings = {f"attack/{name}": float(value) for name, value in found.settings.items()}
+    return {"test_acc": found.accuracy, "examples": float(found.n), **settings}

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bench import engine
 from bench.config import TrialConfig, TrialResult, UserError
@@ -18,12 +18,11 @@ from bench.journal import claimed
 from bench.noise import SITES
 from bench.place import Options, Place, survey
 from bench.robustness_plan import REFERENCE, Network, Plan, Probe, RobustnessConfig
-from bench.robustness_summary import Point, summarize
+from bench.robustness_summary import THROUGH_B, Point, summarize
+from bench.robustness_words import CAPTION
 from bench.rows import Row, RowFile
-from bench.runs import Planned, Running, Runs
+from bench.runs import Outcome, Planned, Running, Runs, carry_out
 from bench.tracking import Tracker
-
-Outcome = Literal["done", "interrupted", "known"]
 
 #: What became of a training after which there is no network: it stands for all of its evaluations.
 _ENDS = ("diverged", "failed")
@@ -151,7 +150,7 @@ class Robustness(Runs):
     def _update_points(self) -> Iterator[Point]:
         levels = self._plan.config.levels.get("update", ())
         for network in self._plan.networks if levels else ():
-            for level in (0.0, *levels):
+            for level in (0.0, *(() if self._plan.unaffected(network.config.rule) else levels)):
                 uid, _ = self._plan.noisy(network, level)
                 if (known := self._row_of(uid)) is not None:
                     yield _point("update", network, level, known)
@@ -170,9 +169,10 @@ class Robustness(Runs):
         noise = [p for p in self.points() if p.site not in attacks]
         hits = [p for p in self.points() if p.site in attacks]
         tested = self._place.examples["test"]
-        found = summarize(noise, chance=self._place.chance, tested=tested, reference=REFERENCE)
-        symbols = dict.fromkeys(attacks, "ε")
-        under = summarize(hits, chance=self._place.chance, tested=attacked, reference=REFERENCE, symbols=symbols)
+        still = {"update": [rule for rule in config.rules if self._plan.unaffected(rule)]}
+        chance, symbols = self._place.chance, dict.fromkeys(attacks, "ε")
+        found = summarize(noise, chance=chance, tested=tested, reference=REFERENCE, unaffected=still)
+        under = summarize(hits, chance=chance, tested=attacked, floor=0.0, reference=REFERENCE, symbols=symbols)
         rows = self.rows()
         return {
             "study": config.name,
@@ -192,7 +192,25 @@ class Robustness(Runs):
         epochs, done = self._plan.networks[0].config.epochs, self._settled(self._trainings)
         known = done + self._settled(self._evaluations())
         before = f", of which {known} are known" if known > 1 else ", of which 1 is known" if known else ""
-        return f"{len(self._trainings)} trainings of {epochs} epochs, {len(self._probes)} evaluations{before}"
+        gone = len(self._gone())
+        again = f"; {gone} networks were removed and are trained again (--keep-networks keeps them)" if gone else ""
+        return f"{len(self._trainings)} trainings of {epochs} epochs, {len(self._probes)} evaluations{before}{again}"
+
+    def _gone(self) -> set[str]:
+        """The networks that were trained and removed, and that something is still to be measured of."""
+        wanted = {self._probes[_base(uid, self._probes)].network.uid for uid, _ in self._open(self._evaluations())}
+        trained = {uid for uid in wanted if self._became(self._networks[uid]) == "finished"}
+        return {uid for uid in trained if not self._networks[uid].path.exists()}
+
+    def repeated(self) -> list[str]:
+        """What of this measurement is of several networks: trained again after their removal, and not the same."""
+        found: dict[str, set[str]] = {}
+        for uid, probe in self._probes.items():
+            known = self._row_of(uid)
+            if known is not None and (digest := known["provenance"].get("network")):
+                name = f"{probe.network.config.rule} seed {probe.network.config.seed}"
+                found.setdefault(name, set()).add(digest)
+        return [name for name, digests in found.items() if len(digests) > 1]
 
     def render(self) -> str:
         """The live display: a line for the whole, and one for each run under way."""
@@ -204,7 +222,7 @@ class Robustness(Runs):
         status = [r["status"] for r in self._rows_of(self._trainings)]
         parts += [f"{n} {what}" for what in ("diverged", "failed") if (n := status.count(what))]
         parts.append(self._time(len(self._trainings) - trained, len(evaluations) - evaluated))
-        return "\n".join([f"{self._name}: " + " · ".join(parts), *self._lines()])
+        return "\n".join([f"{self.name}: " + " · ".join(parts), *self._lines()])
 
 
 def _base(uid: str, known: Mapping[str, Any]) -> str:
@@ -232,7 +250,7 @@ def _point(curve: str, network: Network, level: float, known: Row) -> Point:
 
 def unit_of(curve: str) -> str:
     """What the levels of this curve are in."""
-    site = curve.removesuffix(" through B")
+    site = curve.removesuffix(THROUGH_B)
     return SITES[site].unit if site in SITES else ATTACKS[site].unit
 
 
@@ -272,19 +290,13 @@ def measure(
             tracker.study(name, config=ready.config.to_dict(), tags=tags, identity=identity)
             tracker.dataset(*place.dataset)
             source.record_known()
-            outcome: Outcome = "known"
-            if not source.complete:
-                outcome = engine.run(
-                    source,
-                    trial="bench.probe:run_probe",
-                    concurrent=place.share.concurrent,
-                    cpus_per_trial=place.share.threads,
-                    gpus_per_trial=place.share.gpus,
-                    log=folder / "ray.log",
-                    say=say,
-                    tick=None if watch is None else watch(source),
-                )
+            outcome = carry_out(source, place, folder / "ray.log", trial="bench.probe:run_probe", say=say, watch=watch)
             summary = source.summary()
+            if repeated := source.repeated():
+                say(
+                    f"{name}: trained again, these networks came out different ({'; '.join(repeated)}), so their "
+                    "curves are of more than one network: measure them anew under another --name, with --keep-networks."
+                )
             _record(tracker, summary, folder)
             if summary["complete"] and not summary["runs"]["failed"] and not kept:
                 source.remove_networks()
@@ -293,17 +305,39 @@ def measure(
 
 
 def _write_config(ready: Ready, keep_networks: bool) -> tuple[str, bool]:
-    """Keep the plan with its results.
+    """Keep the plan with its results; UserError for settings that make another measurement of it.
 
     Gives the id by which MLflow tells this measurement from others of its name, and whether its networks are kept:
     once that was asked for, they are.
     """
     path = ready.folder / "robustness.yaml"
     before = read_yaml(path) if path.exists() else {}
+    if before:
+        _check_same(before, ready)
     identity, kept = str(before.get("id") or uuid.uuid4().hex), keep_networks or before.get("keep_networks") is True
     whole = {"id": identity, "runs_on": ready.place.key, "keep_networks": kept, "config": ready.config.to_dict()}
     write_yaml(path, whole)
     return identity, kept
+
+
+#: What may change between one start of a measurement and the next; rules may come and go, each as it was.
+MAY_CHANGE = ("rules", "levels", "seeds", "gradients")
+
+
+def _check_same(before: Mapping[str, Any], ready: Ready) -> None:
+    known, now = before.get("config"), ready.config.to_dict()
+    if not isinstance(known, dict) or not isinstance(known.get("rules"), dict):
+        raise UserError(f"{ready.folder / 'robustness.yaml'} is damaged: restore it, or use another --name.")
+    was = {**{k: v for k, v in known.items() if k not in MAY_CHANGE}, "device and data": before.get("runs_on")}
+    is_now = {**now, "device and data": ready.place.key}
+    for rule in known["rules"].keys() & now["rules"].keys():
+        was |= {f"{rule}'s {k}": v for k, v in known["rules"][rule].items()}
+        is_now |= {f"{rule}'s {k}": v for k, v in now["rules"][rule].items()}
+    if changed := [f"{k} was {v}, is now {is_now.get(k)}" for k, v in was.items() if is_now.get(k) != v]:
+        raise UserError(
+            f"{ready.config.name!r} was begun with other settings ({'; '.join(changed[:4])}); use another --name "
+            "for these."
+        )
 
 
 def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path) -> None:
@@ -330,7 +364,9 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for site in summary["sites"]:
         for rule in site["rules"]:
-            for name in ("clean", "area", "relative_area"):
+            # a relative area of some of the networks, or by a gradient that is none, is no headline
+            partial = rule["at_chance"] or site["true_site"]
+            for name in ("clean", "area", *(() if partial else ("relative_area",))):
                 if rule[name] is not None:
                     found[f"{site['site']}/{rule['rule']}/{name}"] = rule[name]["mean"]
     return found
@@ -343,10 +379,12 @@ def title(curve: str, summary: Mapping[str, Any]) -> str:
 
 def note(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
     """What the numbers of this site are from."""
-    n = len(summary["seeds"])
-    over = f"mean and 95 % t interval over {n} seeds" if n > 1 else "one seed, and so without an interval"
+    n, counts = len(summary["seeds"]), site["counts"]
+    over = f"mean over {n} seeds, {CAPTION}" if n > 1 else "one seed, and so without an interval"
+    attacked = " without the attack and at 0 under it" if site["floor"] < site["chance"] else ""
+    lost = f"{counts['diverged']} of {counts['runs']} runs diverged and count at chance{attacked}"
+    failed = f"; {counts['failed']} failed" if counts["failed"] else ""
     return (
-        f"{over}; accuracy on {site['tested']} test examples; nothing was chosen by it; "
-        f"{summary['runs']['diverged']} of {sum(summary['runs'].values())} runs diverged and count at chance"
+        f"{over}; accuracy on {site['tested']} test examples; nothing was chosen by it; {lost}{failed}"
         f"{'' if summary['complete'] else '; not all is measured yet'}"
     )

@@ -18,9 +18,12 @@ from bench.learning.rules import parse_rule
 from bench.noise import SITES
 from bench.probe import digest_of
 from bench.recipes import recipe_of
-from bench.runs import FIRST_CONFIRM_SEED, Planned
+from bench.robustness_summary import THROUGH_B
+from bench.runs import Planned
 from bench.tracking import STEPS_PER_LEVEL
 
+#: Networks are measured with other seeds than those by which a search confirmed its best, which may have chosen it.
+FIRST_MEASURE_SEED = 2000
 #: The rule that every other one stands beside.
 REFERENCE = "backprop"
 #: What differs between rules by right; everything else is the recipe, and must be the same.
@@ -49,6 +52,7 @@ class RobustnessConfig(Strict):
     gradients: tuple[Literal["true", "feedback"], ...] = ("true",)
     attacked: int = 200
     queries: int = QUERIES
+    first_seed: int = FIRST_MEASURE_SEED
 
     def __post_init__(self) -> None:
         self._settle()
@@ -57,6 +61,7 @@ class RobustnessConfig(Strict):
         for site, levels in self.levels.items():
             _check_grid(site, levels)
         check_range("robustness", "seeds", self.seeds, 1, 1000)
+        check_range("robustness", "first_seed", self.first_seed, 0, 2**31 - 1 - self.seeds)
         check_range("robustness", "draws", self.draws, 1, 10_000)
         check_range("robustness", "attacked", self.attacked, 1)
         check_range("robustness", "queries", self.queries, QUERIES, 10**6)
@@ -137,7 +142,7 @@ class Plan:
         self.config, self._key, self._folder = config, key, folder
         self._given = {(c.rule, c.seed): path for c, path in given}
         self._bases = {rule: TrialConfig.from_dict(values) for rule, values in config.rules.items()}
-        self.seeds = sorted({c.seed for c, _ in given}) or [FIRST_CONFIRM_SEED + i for i in range(config.seeds)]
+        self.seeds = sorted({c.seed for c, _ in given}) or [config.first_seed + i for i in range(config.seeds)]
         self.networks = list(self._networks())
 
     @property
@@ -157,15 +162,15 @@ class Plan:
                 kept = self._folder / "networks" / f"{uid}.pt"
                 yield Network(uid=uid, config=config, path=path or kept, file=digest_of(path) if path else None)
 
-    def noisy(self, network: Network, level: float) -> tuple[str, TrialConfig]:
-        """The training of this network with noise in its updates.
+    def unaffected(self, rule: str) -> bool:
+        """Whether noise in updates has nowhere to go: only B's are noisy, and this rule's B does not learn."""
+        return self.config.update_on == "feedback" and not parse_rule(rule).learns
 
-        Where there is nothing to be noisy (level 0; B's updates, in a rule whose B does not learn), it is the network's
-        own training.
-        """
-        on = self.config.update_on
-        if not level or (on == "feedback" and not parse_rule(network.config.rule).learns):
+    def noisy(self, network: Network, level: float) -> tuple[str, TrialConfig]:
+        """The training of this network with noise in its updates; at level 0 it is the network's own."""
+        if not level:
             return network.uid, network.config
+        on = self.config.update_on if parse_rule(network.config.rule).learns else "both"  # one name for one training
         config = network.config.replace(update_noise=level, update_noise_on=on)
         return self._uid(config.to_dict()), config
 
@@ -177,7 +182,7 @@ class Plan:
                 keep = {"checkpoint": str(network.path.absolute())} if self.evaluates else {}
                 tasks[network.uid] = _training(network.config, keep)
         for network in self.networks:
-            for level in self.config.levels.get("update", ()):
+            for level in () if self.unaffected(network.config.rule) else self.config.levels.get("update", ()):
                 uid, config = self.noisy(network, level)
                 tasks.setdefault(uid, _training(config, {}))
         return tasks
@@ -205,7 +210,7 @@ class Plan:
 
     def _attacks(self, config: TrialConfig, site: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
         common = {"site": site, "attacked": self.config.attacked}
-        curves = {"true": site, "feedback": f"{site} through B"}
+        curves = {"true": site, "feedback": f"{site}{THROUGH_B}"}
         if not ATTACKS[site].uses_gradient:
             yield (site,), {**common, "gradient": "true", "queries": self.config.queries}
         elif parse_rule(config.rule).feedback == "weight":  # its B is W: one attack, a point of both curves

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import glob
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from bench import engine
 from bench.config import Kind, TrialConfig, TrialResult, UserError
@@ -21,6 +21,8 @@ from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
 from bench.terminal import duration
 from bench.tracking import Tracker
+
+Outcome = Literal["done", "interrupted", "known"]
 
 #: The seeds of confirmations, controls and measurements: the same for every rule, so that differences are paired.
 FIRST_CONFIRM_SEED = 1000
@@ -54,7 +56,7 @@ class Runs:
     """Keeps the rows of one study, and the record of what is under way. ``files``: where rows of each kind go."""
 
     def __init__(self, study: str, place: Place, tracker: Tracker, files: Mapping[Kind, RowFile]) -> None:
-        self._name, self._place, self._tracker = study, place, tracker
+        self.name, self._place, self._tracker = study, place, tracker
         self._row_files = dict(files)
         self._done: dict[str, Row] = {}
         for file in dict.fromkeys(files.values()):
@@ -63,6 +65,20 @@ class Runs:
         self._running: dict[str, Running] = {}
         self._started_at = time.monotonic()
         self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of trainings, of evaluations; in this start
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to run."""
+        raise NotImplementedError
+
+    def next(self) -> engine.Task | engine.Wait | None:
+        """As `engine.Source` has it."""
+        raise NotImplementedError
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return self._place.chance
 
     # --- attempts
 
@@ -110,7 +126,7 @@ class Runs:
         return engine.Task(uid=uid, config=plan.config, options=options)
 
     def _checkpoint(self, uid: str) -> Path:
-        return (self._place.options.results / self._name / "checkpoints" / f"{uid}.pt").absolute()
+        return (self._place.options.results / self.name / "checkpoints" / f"{uid}.pt").absolute()
 
     def started(self, uid: str) -> None:
         run = self._running[uid]
@@ -130,7 +146,7 @@ class Runs:
             result = dataclasses.replace(result, evaluation=dict(run.plan.evaluation))
         if not result.provenance:  # stopped or failed: the worker had no say
             result = dataclasses.replace(result, provenance={**provenance("cpu"), "seconds": seconds})
-        filed = row(uid, self._name, run.plan.kind, result)
+        filed = row(uid, self.name, run.plan.kind, result)
         self._done[uid] = self._file(run.plan.kind, filed)  # the row first: what has one is never run again
         if result.status == "failed":
             self._failed_here.add(uid)
@@ -180,3 +196,30 @@ class Runs:
             accuracy = f"  val {run.metrics['val_acc']:.2%}" if "val_acc" in run.metrics else ""
             lines.append(f"  {uid}  epoch {run.epoch}/{run.plan.config.epochs}{accuracy}")
         return lines
+
+
+S = TypeVar("S", bound=Runs)
+
+
+def carry_out(
+    source: S,
+    place: Place,
+    log: Path,
+    *,
+    trial: str = "bench.trial:run_trial",
+    say: Callable[[str], None],
+    watch: Callable[[S], Callable[[], None]] | None = None,
+) -> Outcome:
+    """Run what is left of the source at this place; "known": nothing was. ``watch``: as in `bench.search.search`."""
+    if source.complete:
+        return "known"
+    return engine.run(
+        source,
+        trial=trial,
+        concurrent=place.share.concurrent,
+        cpus_per_trial=place.share.threads,
+        gpus_per_trial=place.share.gpus,
+        log=log,
+        say=say,
+        tick=None if watch is None else watch(source),
+    )

@@ -6,21 +6,20 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from bench import engine
 from bench.campaign import Campaign, Ready, trial_config
 from bench.choices import OBJECTIVES, check_choices
 from bench.config import StudyConfig, UserError
 from bench.files import read_yaml, write_atomic, write_yaml
+from bench.front import spread
 from bench.place import Options, survey
 from bench.rows import RowFile
+from bench.runs import Outcome, carry_out
 from bench.space import Space
 from bench.study import Study
 from bench.summary import headline
 from bench.tracking import Tracker
-
-Outcome = Literal["done", "interrupted", "known"]
 
 
 def check(config: StudyConfig, space: Space, options: Options) -> Ready:
@@ -54,17 +53,7 @@ def search(
             tracker.study(config.name, config=config.to_dict(), tags=tags, identity=identity)
             tracker.dataset(*place.dataset)
             campaign.record_known()
-            outcome: Outcome = "known"
-            if not campaign.complete:
-                outcome = engine.run(
-                    campaign,
-                    concurrent=place.share.concurrent,
-                    cpus_per_trial=place.share.threads,
-                    gpus_per_trial=place.share.gpus,
-                    log=folder / "ray.log",
-                    say=say,
-                    tick=None if watch is None else watch(campaign),
-                )
+            outcome = carry_out(campaign, place, folder / "ray.log", say=say, watch=watch)
             summary = campaign.summary()
             _write_best(folder, campaign, summary)
             if summary["objective"] == "both":
@@ -103,14 +92,23 @@ def _write_config(ready: Ready) -> str:
 
 
 def _write_best(folder: Path, campaign: Campaign, summary: Mapping[str, Any]) -> None:
-    """The best confirmed configuration (before any is: the search's best), as `bench train --config` takes it."""
-    configs = [found["config"] for found in summary["confirmed"]]
-    if not configs:
+    """The best confirmed configuration (before any is: the search's best), as `bench train --config` takes it.
+
+    Of two objectives: the best compromise, with the largest product of what both are above chance.
+    """
+    metrics = OBJECTIVES[campaign.config.objective].metrics
+    found = [(e["config"], [e[m]["mean"] for m in metrics]) for e in summary["confirmed"] if all(e[m] for m in metrics)]
+    if not found:
         finished = [r for r in campaign.search_rows() if r["status"] == "finished"]
-        objective = OBJECTIVES[campaign.config.objective].metrics[0]
-        configs = [r["config"] for r in sorted(finished, key=lambda r: -r["metrics"][objective])]
-    if configs:
-        write_yaml(folder / "best.yaml", {**configs[0], "seed": campaign.config.seed})
+        found = [(r["config"], [r["metrics"][m] for m in metrics]) for r in finished]
+    if not found:
+        return
+    if len(metrics) == 1:
+        best, _ = max(found, key=lambda f: f[1][0])
+    else:
+        chance = campaign.chance
+        best = found[spread([(values[0], values[1]) for _, values in found], 1, (chance, chance))[0]][0]
+    write_yaml(folder / "best.yaml", {**best, "seed": campaign.config.seed})
 
 
 def _write_front(folder: Path, summary: Mapping[str, Any]) -> None:

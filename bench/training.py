@@ -154,13 +154,13 @@ def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
     """Levels σ of update noise that span "no effect" to "nothing left" for this recipe, of ``steps`` an epoch.
 
     What σ does depends on the recipe: over a training the noise adds up, in a weight that nothing else moves, to
-    N(0, σ²·v), v ← v·(1 − η·λ)² + η² over all steps (η the learning rate, λ the weight decay, no momentum). The
-    levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
+    N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which goes
+    through the momentum μ). The levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
     """
     v = 0.0
     for step in range(config.epochs * steps):
         lr = config.lr * lr_factor(config, (step + 0.5) / steps)
-        v = v * (1 - lr * config.weight_decay) ** 2 + lr**2
+        v = v * max(0.0, 1 - lr * config.weight_decay / (1 - config.momentum)) ** 2 + lr**2
     return tuple(float(f"{size / math.sqrt(v):.2g}") for size in ADDED_UP)
 
 

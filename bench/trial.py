@@ -290,7 +290,7 @@ def resume(trial: Trial, path: Path) -> None:
     if not path.exists():
         return
     state = read_checkpoint(path, trial.device)
-    if state["config"] != trial.config.to_dict():
+    if TrialConfig.from_dict(state["config"]) != trial.config:  # one from before a field was new has its default
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])
     trial.optimizer.load_state_dict(state["optimizer"])

@@ -103,3 +103,18 @@ def test_a_network_at_chance_has_nothing_to_lose(tested: int, learned: bool) -> 
 def test_the_half_level_by_hand(accuracies: tuple[float, ...], expected: float) -> None:
     """Clean 0.9, chance 0.1: half is 0.5, not 0.45."""
     assert half_level(OCTAVES, accuracies, 0.9, 0.1, TESTED) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("clean", [0.95, 0.45])
+def test_an_attack_takes_all_and_not_only_what_is_above_chance(clean: float) -> None:
+    """Of any clean accuracy the same shares are left: the same relative area and half level, above 0."""
+    levels = (0.1, 0.2, 0.4, 0.8, 1.6)
+    accuracies = [clean * share for share in (1, 0.5, 0.1, 0, 0)]
+    found = relative_area(area(levels, accuracies), clean, 0.1, 200, floor=0.0)
+    assert found == pytest.approx((0.75 + 0.3 + 0.05 + 0) / 4)
+    assert half_level(levels, accuracies, clean, 0.1, 200, floor=0.0) == pytest.approx(0.2)
+
+
+def test_what_was_learned_is_asked_against_chance_under_attack_too() -> None:
+    assert relative_area(0.05, 0.1, 0.1, TESTED, floor=0.0) is None
+    assert half_level(OCTAVES, (0.1, 0, 0, 0), 0.1, 0.1, TESTED, floor=0.0) is None

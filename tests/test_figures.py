@@ -140,6 +140,26 @@ def test_diverged_runs_are_marked_and_censored_half_levels_are_not(tmp_path: Pat
     assert set(parts(root, "half")) == {"mirror"}
 
 
+def test_a_rule_without_noise_has_its_clean_mark_alone(tmp_path: Path) -> None:
+    found = summarize(
+        (
+            Point(site="update", rule=rule, seed=s, level=level, accuracy=0.9 - level + 0.01 * s)
+            for rule in ("backprop", "sign")
+            for s in range(3)
+            for level in ((0.0, *LEVELS) if rule == "backprop" else (0.0,))
+        ),
+        chance=0.1,
+        tested=1000,
+        unaffected={"update": ["sign"]},
+    )["sites"][0]
+    root = draw(found, tmp_path / "a.svg")
+    assert set(parts(root, "clean")) == {"backprop", "sign"}
+    kinds = ("mean", "band", "half", "diverged", "difference")
+    assert [kind for kind in kinds if "sign" in parts(root, kind)] == []
+    assert {"backprop", "sign, no noise"} <= set(texts(tmp_path / "a.svg"))
+    assert "sign" not in texts(tmp_path / "a.svg")
+
+
 def test_crowded_levels_keep_their_marks_and_lose_labels(tmp_path: Path) -> None:
     levels = [0.01 * 1.1**i for i in range(40)]
     found = summarize(

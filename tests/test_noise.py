@@ -301,11 +301,11 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 def test_the_default_levels_of_update_noise_are_those_that_add_up_to_the_grid() -> None:
     """A weight that nothing moves but the noise and its decay, trained 2,000 times side by side."""
-    config = TrialConfig(rule="backprop", epochs=4, lr=0.1, weight_decay=0.05, momentum=0.0, nesterov=False)
-    steps = 25
+    config = TrialConfig(rule="backprop", epochs=12, lr=0.1, weight_decay=0.01, momentum=0.9)
+    steps = 25  # decay undoes most of what the first half adds
     weight = nn.Parameter(torch.zeros(2000))
     group = {"params": [weight], "name": "weights", "lr": 0.0, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.SGD([group], lr=0.0)
+    optimizer = torch.optim.SGD([group], lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
     levels = update_levels(config, steps)
     noise = UpdateNoise(optimizer, sigma=levels[3])
     noise.seed(1)

@@ -96,7 +96,8 @@ def test_interrupted_at_any_point_it_says_what_is_known_and_no_more(
     assert (outcome, found["complete"]) == ("interrupted", False)
     assert pretended["tracker"].of("headline") == []
     assert pretended["tracker"].of("close") == [["KILLED"]]
-    assert "not all is measured yet" in robustness.note(found, {"tested": 1})
+    assert all("not all is measured yet" in robustness.note(found, site) for site in found["sites"])
+    assert limit == 0 or found["sites"]
     networks = list((made.folder / "networks").glob("*.pt"))
     pretended["limit"] = None
     assert measure(made, say=print)[0] == "done"
@@ -119,6 +120,49 @@ def test_networks_are_kept_if_asked_once_and_as_long_as_something_failed(
     measure(made, say=print)
     assert (len(pretended["tasks"]), pretended["trained"]) == (3, 2)  # one in each of the two folders
     assert not (made.folder / "networks").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"draws": 4}, "draws was 5, is now 4"),
+        ({"first_seed": 7}, "first_seed was 2000, is now 7"),
+        ({"clip": True, "levels": {"input": (0.1, 0.2)}}, "clip was False, is now True"),
+    ],
+)
+def test_another_measurement_is_refused_under_the_same_name(
+    tmp_path: Path, pretended: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    same: dict[str, Any] = {"seeds": 1, "levels": {"weight": (0.1, 0.2)}}
+    measure(ready(tmp_path, **same), say=print)
+    tasks = len(pretended["tasks"])
+    with pytest.raises(UserError, match=said):
+        measure(ready(tmp_path, **{**same, **changes}), say=print)
+    measure(ready(tmp_path, "sign", **{**same, "seeds": 2}), say=print)  # more of the same is not another
+    assert len(pretended["tasks"]) == 3 * tasks  # three new networks
+
+
+def test_networks_that_were_removed_are_counted_and_another_network_is_said(
+    tmp_path: Path, pretended: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pretended["limit"] is None
+
+    def first(levels: tuple[float, ...]) -> Any:
+        return ready(tmp_path, seeds=1, levels={"weight": levels})
+
+    said: list[str] = []
+    measure(first((0.1, 0.2)), say=said.append)
+    assert not any("trained again" in line for line in said)
+    looks: list[str] = []
+
+    def watch(source: Any) -> Any:
+        looks.append(source.outlook())
+        return lambda: None
+
+    monkeypatch.setattr(robustness.Robustness, "repeated", lambda _: ["backprop seed 2000"])
+    measure(first((0.1, 0.2, 0.3)), say=said.append, watch=watch)
+    assert "1 networks were removed and are trained again" in looks[0]
+    assert any("came out different (backprop seed 2000)" in line for line in said)
 
 
 def test_what_is_printed_claims_no_more_than_what_was_measured(
@@ -145,7 +189,8 @@ def test_what_is_printed_claims_no_more_than_what_was_measured(
     whole = printed()
     assert "runs: 16 finished, 0 diverged, 0 failed" in whole
     assert "fgsm: feedback is not distinguishable from backprop at this n" in whole
-    assert "over 2 seeds; accuracy on 50 test examples" in whole
+    assert "mean over 2 seeds, ±" in whole
+    assert "accuracy on 50 test examples; nothing was chosen by it; 0 of 12 runs diverged" in whole
     assert "is finished; this is its result" in printed()
 
 
@@ -370,9 +415,9 @@ def test_a_measurement_from_end_to_end(tmp_path: Path) -> None:
     of = Counter((r["config"]["rule"], r["config"]["seed"], r["evaluation"].get("level")) for r in new)
     levels = (None, 0.0, 0.02, 0.05, 0.1)
     wanted = {
-        (rule, seed, level) for rule in ("backprop", "feedback", "sign") for seed in (1000, 1001) for level in levels
+        (rule, seed, level) for rule in ("backprop", "feedback", "sign") for seed in (2000, 2001) for level in levels
     }
-    known = {(rule, 1000, level) for rule in ("backprop", "feedback") for level in levels if level != 0.05}
+    known = {(rule, 2000, level) for rule in ("backprop", "feedback") for level in levels if level != 0.05}
     assert of == dict.fromkeys(wanted - known, 1)
     assert len(list((folder / "networks").iterdir())) == 6
     assert set(book.children(name)) == {r["uid"] for r in (*rows, *new)}

@@ -72,7 +72,6 @@ ANOTHER: list[tuple[dict[str, Any], set[str]]] = [
     ({"rules": rules("mirror", epochs=11)}, EVERYTHING),
     ({"draws": 4}, {"weight", "input"}),
     ({"clip": True}, {"input"}),
-    ({"update_on": "forward"}, {"update"}),
     ({"attacked": 100}, {"fgsm", "square"}),
     ({"queries": 2000}, {"square"}),
 ]
@@ -103,25 +102,33 @@ def test_level_zero_is_in_every_curve_and_seeds_are_paired() -> None:
         for curve in probe.curves:
             curves.setdefault((curve, probe.network.config.rule, probe.network.config.seed), []).append(probe.level)
     names = {"weight", "input", "fgsm", "fgsm through B", "square"}
-    assert set(curves) == {(c, rule, seed) for c in names for rule in ("backprop", "mirror") for seed in (1000, 1001)}
+    assert set(curves) == {(c, rule, seed) for c in names for rule in ("backprop", "mirror") for seed in (2000, 2001)}
     for (curve, _, _), levels in curves.items():
         assert levels == [0.0, *ALL[curve.removesuffix(" through B")]]
     order = [(p.config.seed, p.config.rule, p.config.update_noise) for p in made.trainings().values()]
-    first = [(seed, rule, 0.0) for seed in (1000, 1001) for rule in ("backprop", "mirror")]
+    first = [(seed, rule, 0.0) for seed in (2000, 2001) for rule in ("backprop", "mirror")]
     assert order[:4] == first  # networks before noise, seeds outermost
     assert order[4:] == [(seed, rule, level) for seed, rule, _ in first for level in (0.1, 0.3)]
 
 
-def test_noise_in_a_b_that_does_not_learn_is_the_training_without_noise() -> None:
+def test_noise_in_a_b_that_does_not_learn_is_nowhere() -> None:
     on_b = {"update_on": "feedback", "gradients": ("true",)}
     made = plan(rules=rules("feedback", "mirror"), seeds=1, levels={"update": (0.1, 0.3)}, **on_b)
     of = {network.config.rule: network for network in made.networks}
-    for rule in ("backprop", "feedback"):
-        assert made.noisy(of[rule], 0.1) == made.noisy(of[rule], 0.3) == (of[rule].uid, of[rule].config)
+    assert [made.unaffected(rule) for rule in ("backprop", "feedback", "mirror")] == [True, True, False]
     noisy = made.noisy(of["mirror"], 0.1)
     assert (noisy[1].update_noise, noisy[1].update_noise_on) == (0.1, "feedback")
     assert noisy[0] != made.noisy(of["mirror"], 0.0)[0] == of["mirror"].uid
     assert [p.config.rule for p in made.trainings().values()] == ["backprop", "feedback", "mirror", "mirror", "mirror"]
+
+
+def test_where_no_b_learns_noise_in_forward_is_noise_in_both() -> None:
+    def noisy(on: str, rule: str) -> str:
+        made = plan(rules=rules("mirror"), seeds=1, levels={"update": (0.1, 0.3)}, update_on=on, gradients=("true",))
+        return made.noisy(next(n for n in made.networks if n.config.rule == rule), 0.1)[0]
+
+    assert noisy("forward", "backprop") == noisy("both", "backprop")
+    assert noisy("forward", "mirror") != noisy("both", "mirror")
 
 
 def test_where_b_is_w_an_attack_through_b_is_the_true_one() -> None:
@@ -324,6 +331,7 @@ def test_sites_attacks_and_their_levels() -> None:
     assert levels("--site", "weight, update") == {"weight": (), "update": ()}
     assert levels("--site", "input", "--sigma", "0.1,0.2,3") == {"input": (0.1, 0.2, 3.0)}
     assert levels("--site", "input", "--sigma", "imagenet-c") == {"input": CORRUPTION_SEVERITIES["ImageNet-C"]}
+    assert levels("--attack", "fgsm", "--epsilon", "4/255, 8/255") == {"fgsm": (4 / 255, 8 / 255)}
     assert levels("--site", "input", "--sigma", "CIFAR10-C") == {"input": CORRUPTION_SEVERITIES["CIFAR-10-C"]}
     found = levels("--site", "weight", "--sigma", "1,2", "--attack", "fgsm,square", "--epsilon", "0.1,0.2")
     assert found == {"weight": (1.0, 2.0), "fgsm": (0.1, 0.2), "square": (0.1, 0.2)}

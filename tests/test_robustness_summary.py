@@ -13,7 +13,15 @@ import pytest
 
 from bench.config import UserError
 from bench.robustness_summary import Point, summarize
-from bench.robustness_words import curve_columns, curve_rows, table_columns, table_rows, verdict_lines
+from bench.robustness_words import (
+    SEVERAL,
+    curve_columns,
+    curve_rows,
+    draws_line,
+    table_columns,
+    table_rows,
+    verdict_lines,
+)
 
 LEVELS = (0.1, 0.2, 0.4)
 CHANCE = 0.1
@@ -110,6 +118,48 @@ def test_seeds_at_chance_have_no_half_level_and_leave_the_others_no_interval() -
     assert table_rows(summary(points)["sites"][0])[0][4:6] == ("median 0.05", "3, 1 at chance")
 
 
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ((0.8, 0.1), "median > 0.336 (1 of 2 beyond 0.4)"),  # √(0.2·√2 · 0.4), not 0.4
+        ((0.8, 0.8, 0.1, 0.1), "median > 0.336 (2 of 4 beyond 0.4)"),
+        ((0.8, 0.8, 0.8, 0.1), "median > 0.4 (3 of 4 beyond 0.4)"),
+        ((0.8, 0.1, 0.1, 0.1), "median 0.283 (1 of 4 beyond 0.4)"),
+        ((0.8, 0.8), "> 0.4"),
+    ],
+)
+def test_a_median_half_beyond_the_grid_is_above_what_is_known(last: tuple[float, ...], said: str) -> None:
+    points = [p for seed, a in enumerate(last) for p in network("backprop", seed, 0.9, 0.9, 0.9, a)]
+    assert table_rows(summary(points)["sites"][0])[0][4] == said
+
+
+def test_under_attack_the_same_share_lost_is_the_same_relative_area() -> None:
+    """0.5, 0.1 and 0 of a clean accuracy of 0.95 or 0.45."""
+    points = [
+        p for r, c in (("backprop", 0.95), ("sign", 0.45)) for p in network(r, 1, c, c / 2, c / 10, 0, site="pgd")
+    ]
+    found = summary(points, floor=0.0)
+    for rule in ("backprop", "sign"):
+        assert of(found, rule)["relative_area"]["mean"] == pytest.approx((0.3 + 0.05) / 2)
+        assert of(found, rule)["half_level"]["mean"] == pytest.approx(0.1)
+    assert found["sites"][0]["floor"] == 0
+    assert summary(flat("sign", (0.5,)))["sites"][0]["floor"] == CHANCE
+
+
+def test_the_draws_and_their_error_are_said() -> None:
+    points = network("backprop", 1, 0.9, 0.5, 0.5, 0.5, se=0.003, draws=5)
+    points += network("sign", 1, 0.9, 0.5, 0.5, 0.5, se=0.0042, draws=5)
+    points += network("sign", 2, 0.9, None, None, None)  # not evaluated: of one draw, with no error
+    for p in flat("sign", (0.5,)):
+        points.append(Point(site="update", rule="sign", seed=3, level=p.level, accuracy=None, status="diverged"))
+    (site,) = summary(points)["sites"]
+    said = "averaged over 5 draws a network; their standard error is at most 0.42 points (root mean square over seeds)"
+    assert draws_line(site) == said
+    assert draws_line(summary(flat("sign", (0.5,)))["sites"][0]) is None
+    mixed = summary(flat("sign", (0.5,), draws=5) + flat("backprop", (0.5,), draws=3))["sites"][0]
+    assert draws_line(mixed) == "averaged over 3 to 5 draws a network"
+
+
 # --- what is missing -------------------------------------------------------------------------------------
 
 
@@ -155,10 +205,56 @@ def test_a_rule_that_learned_nothing_is_not_robust() -> None:
     assert (found["relative_area_versus"], found["verdict"]) == (None, None)
     assert found["area"]["n"] == 3
     assert verdict_lines(summary(points)) == [
-        "update: null is not compared with backprop: null is at chance without noise, and has nothing to lose "
-        "(3 at chance)."
+        "update: null is not compared with backprop: 3 of 3 networks of null learned nothing (3 at chance)."
     ]
     assert table_rows(summary(points)["sites"][0])[1][3:] == ("–", "–", "3, 3 at chance", "–")
+
+
+@pytest.mark.parametrize(("floor", "after"), [(None, CHANCE), (0.0, 0.0)])
+def test_a_diverged_training_stands_at_chance_and_then_at_the_floor(floor: float | None, after: float) -> None:
+    points = [
+        Point(site="pgd", rule="sign", seed=1, level=level, accuracy=None, status="diverged")
+        for level in (0.0, *LEVELS)
+    ]
+    found = of(summary(points, floor=floor), "sign")
+    assert found["clean"]["mean"] == CHANCE
+    assert [at["acc"]["mean"] for at in found["curve"]] == [after] * 3
+
+
+@pytest.mark.parametrize("rule", ["sign", "backprop"])
+def test_the_survivors_alone_get_no_verdict(rule: str) -> None:
+    """Two of five learned nothing, of either side: which three are compared was decided by the outcome."""
+    other = "backprop" if rule == "sign" else "sign"
+    points = flat(other, (0.3, 0.31, 0.32, 0.3, 0.31)) + flat(rule, (0.69, 0.70, 0.71))
+    points += [p for seed in (3, 4) for p in network(rule, seed, 0.1, 0.1, 0.1, 0.1)]
+    found = summary(points)
+    assert (of(found, "sign")["verdict"], of(found, "sign")["relative_area_versus"]) == (None, None)
+    assert of(found, rule)["relative_area"]["n"] == 3
+    (line,) = verdict_lines(found)
+    assert line.startswith(
+        f"update: sign is not compared with backprop: 2 of 5 networks of {rule} learned nothing "
+        "(relative area 0.750 ± 0.031 over the 3 that learned)"
+    )
+    row = next(row for row in table_rows(found["sites"][0]) if row[0] == rule)
+    assert (row[3], row[5], row[6]) == ("0.750 ± 0.031 (3 of 5 learned)", "5, 2 at chance", "–")
+
+
+def test_the_clean_accuracies_of_a_sentence_are_of_the_pairs_it_is_on() -> None:
+    """A third seed of the rule, of another clean accuracy, has no curve; a fourth has no partner."""
+    points = flat("backprop", (0.5, 0.5, 0.5)) + flat("sign", (0.69, 0.7, 0.5))[:-1]
+    points += network("sign", 3, 0.3, 0.2, 0.2, 0.2)
+    assert "n = 2), from a clean accuracy of 90.0 % against 90.0 % (1 incomplete)" in verdict_lines(summary(points))[0]
+    assert of(summary(points), "sign")["compared"]["seeds"] == [0, 1]
+
+
+def test_a_site_counts_its_own_runs() -> None:
+    points = flat("backprop", (0.5, 0.5)) + network("sign", 0, 0.9, 0.5, None, None)
+    points.append(Point(site="update", rule="sign", seed=1, level=0.4, accuracy=None, status="diverged"))
+    found = summary(points + flat("sign", (0.5,), site="input"))
+    assert [site["counts"] for site in found["sites"]] == [
+        {"runs": 13, "diverged": 1, "failed": 2},
+        {"runs": 4, "diverged": 0, "failed": 0},
+    ]
 
 
 def test_what_counts_as_learned_depends_on_the_examples() -> None:
@@ -205,6 +301,89 @@ def test_the_order_of_the_points_does_not_matter() -> None:
     assert summary(points) == first
     assert [site["site"] for site in first["sites"]] == ["update", "input", "pgd"]
     assert [entry["rule"] for entry in first["sites"][0]["rules"]] == ["backprop", "activation", "mirror"]
+
+
+# --- what has no noise, and what is no robustness --------------------------------------------------------
+
+
+def test_a_rule_without_noise_has_its_clean_accuracy_alone() -> None:
+    points = flat("backprop", (0.5, 0.5)) + flat("mirror", (0.6, 0.61))
+    points += [p for p in flat("sign", (0.9, 0.9)) if p.level == 0]
+    found = summary(points, unaffected={"update": ["sign"]})
+    sign = of(found, "sign")
+    assert (sign["clean"]["mean"], sign["curve"], sign["incomplete"]) == (0.9, [], 0)
+    assert {sign[name] for name in ("area", "relative_area", "half_level", "verdict")} == {None}
+    (site,) = found["sites"]
+    assert table_rows(site)[2] == ("sign", "90.00 ± 0.00", "no noise", "–", "–", "2", "–")
+    assert [row[3] for row in curve_rows(site)] == ["90.00 ± 0.00", *["no noise"] * 3]
+    assert verdict_lines(found)[1] == "update: sign has no noise here: not compared."
+    assert summary(points + flat("sign", (0.9, 0.9))[1:4], unaffected={"update": ["sign"]}) == found
+    assert of(summary(points), "sign")["incomplete"] == 2  # without the word, they are missing
+
+
+def test_a_reference_without_noise_is_compared_with_nobody() -> None:
+    points = flat("backprop", (0.5, 0.52, 0.5)) + flat("mirror", (0.7, 0.7, 0.71)) + flat("sign", (0.7, 0.7, 0.71))
+    found = summary(points, unaffected={"update": {"backprop"}})
+    assert {entry["verdict"] for entry in found["sites"][0]["rules"]} == {None}
+    assert of(found, "mirror")["area"]["n"] == 3
+    assert verdict_lines(found) == ["update: backprop has no noise here: not compared."]
+
+
+def test_an_attack_through_b_gets_no_verdict_but_how_much_it_misses() -> None:
+    """0.60, 0.61, 0.62 above the true gradient's: mean 61 points, half width 4.302653·1/√3 = 2.5."""
+    points = [p for c in ("pgd", "pgd through B") for p in flat("backprop", (0.1, 0.11, 0.12), site=c)]
+    points += flat("feedback", (0.1, 0.1, 0.1), site="pgd")
+    points += flat("feedback", (0.70, 0.71, 0.72), site="pgd through B")
+    found = summary(points, floor=0.0)
+    entry = of(found, "feedback", site=1)
+    assert found["sites"][1]["true_site"] == "pgd"
+    assert (entry["verdict"], entry["relative_area_versus"], entry["area_versus"]) == (None, None, None)
+    assert (entry["versus_true"]["n"], entry["versus_true"]["mean"]) == (3, pytest.approx(0.61))
+    assert of(found, "feedback")["versus_true"] is None
+    assert verdict_lines(found)[1:] == [
+        "pgd through B: accuracy of feedback under this weaker attack is higher by 61.0 points [58.5, 63.5] than "
+        "under the true gradient (area; n = 3): that much is masking, not robustness.",
+        SEVERAL,
+    ]
+    alone = summary([p for p in points if p.site != "pgd"], floor=0.0)
+    assert verdict_lines(alone) == ["pgd through B: feedback has no verdict: this gradient is not the network's own."]
+
+
+@pytest.mark.parametrize(
+    ("areas", "said"),
+    [
+        (
+            (0.50, 0.51, 0.52),
+            "this attack is lower by 19.0 points [16.5, 21.5] than under the true gradient "
+            "(area; n = 3): the true gradient is masked, and not the strongest attack here.",
+        ),
+        ((0.60, 0.70, 0.83), "not distinguishable at this n."),
+        ((0.7, 0.7, 0.7), "accuracy of feedback is the same as under the true gradient."),
+        ((0.90,), "this attack is higher by 20.0 points than under the true gradient (area; n = 1): not disting"),
+    ],
+)
+def test_what_is_not_masked_through_b_is_not_called_so(areas: tuple[float, ...], said: str) -> None:
+    points = flat("feedback", [0.7] * len(areas), site="pgd") + flat("feedback", areas, site="pgd through B")
+    assert said in verdict_lines(summary(points, floor=0.0))[-1]
+
+
+def test_other_levels_are_not_compared_with_the_true_gradient() -> None:
+    points = flat("feedback", (0.1, 0.2), site="pgd") + flat("feedback", (0.7, 0.8), site="pgd through B")
+    cut = [p for p in points if p.site == "pgd" or p.level < 0.4]
+    assert of(summary(points), "feedback", site=1)["versus_true"] is not None
+    assert of(summary(cut), "feedback", site=1)["versus_true"] is None
+
+
+@pytest.mark.parametrize(("square", "masked"), [((0.50, 0.51, 0.52), True), ((0.5, 0.8, 0.71), False), ((0.9,), False)])
+def test_a_stronger_attack_without_a_gradient_unmasks_pgd(square: tuple[float, ...], masked: bool) -> None:
+    """Of any rule, the reference too."""
+    points = flat("backprop", (0.70, 0.70, 0.70), site="pgd") + flat("backprop", square, site="square")
+    lines = verdict_lines(summary(points, floor=0.0))
+    warning = (
+        "square: accuracy of backprop is lower by 19.0 points [16.5, 21.5] than under pgd (area; n = 3): "
+        "square, which needs no gradient, does more than pgd: pgd is masked there."
+    )
+    assert lines == ([warning] if masked else [])
 
 
 # --- verdicts --------------------------------------------------------------------------------------------
@@ -298,3 +477,25 @@ def test_the_curves_count_what_diverged_and_failed() -> None:
     points.append(Point(site="update", rule="mirror", seed=3, level=0.4, accuracy=None, status="diverged"))
     (site,) = summary(points)["sites"]
     assert curve_rows(site)[3][1] == "40.00 ± 65.72, 1 diverged, 1 failed"  # of 0.5, 0.6, 0.1
+
+
+def test_a_lower_mean_accuracy_is_said_whatever_the_clean_one() -> None:
+    """One point less is left, and of it a share greater by 0.05: what that makes of the clean accuracies varies."""
+    points, wobble = [], (-0.001, 0.0, 0.001)
+    for seed, (left, share) in enumerate([(0.7, 0.9), (0.08, 0.1), (0.4, 0.5)]):
+        points += network("backprop", seed, 0.1 + left / share, *[0.1 + left] * 3)
+        ours = left - 0.01 + wobble[seed]
+        points += network("sign", seed, 0.1 + ours / (share + 0.05 + wobble[seed]), *[0.1 + ours] * 3)
+    (line,) = verdict_lines(summary(points))
+    assert "sign is more robust than backprop" in line
+    assert "its clean accuracy" not in line
+    assert line.endswith("; its mean accuracy under noise is lower by 1.0 points.")
+
+
+def test_two_verdicts_are_each_by_itself() -> None:
+    points = flat("backprop", (0.5, 0.5, 0.5)) + flat("mirror", (0.69, 0.70, 0.71))
+    assert len(verdict_lines(summary(points))) == 1
+    lines = verdict_lines(summary(points + flat("sign", (0.4, 0.5, 0.6))))
+    assert (len(lines), lines[-1]) == (3, SEVERAL)
+    nothing = flat("sign", (0.1, 0.1, 0.1), clean=0.1)
+    assert SEVERAL not in verdict_lines(summary(points + nothing))

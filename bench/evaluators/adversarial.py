@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from bench.config import UserError, check_range, unknown
 from bench.learning.layers import exact_gradients
-
-Normalize = Callable[[Tensor], Tensor]
+from bench.noise import Normalize
 
 #: Examples in one batch of an attack. Smaller than in evaluation: a backward pass keeps what the forward pass made.
 BATCH = 128

@@ -6,8 +6,9 @@ import argparse
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bench.config import UserError
 from bench.files import parse_scalar
@@ -15,8 +16,29 @@ from bench.files import parse_scalar
 if TYPE_CHECKING:
     from bench.place import Options
 
+T = TypeVar("T")
+
+
+class Shown(Protocol):
+    """A source of runs, as the terminal sees it."""
+
+    name: str
+
+    def outlook(self) -> str:
+        """What there is to do, in one line."""
+
+    def render(self) -> str:
+        """How far it is."""
+
+
+Say = Callable[[str], None]
+Watch = Callable[[Shown], Callable[[], None]]
+
 #: Exit statuses: bad input or a state that the user must mend; an interruption (128 + SIGINT); 128 + SIGPIPE.
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+#: What ``--sigma`` calls the levels of `bench.noise.CORRUPTION_SEVERITIES`.
+BENCHMARKS = ("imagenet-c", "cifar10-c")
 
 #: Folders under the results that are no study's.
 KEPT_FOLDERS = ("controls", "published", "spool", "train")
@@ -70,11 +92,28 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
+    """Numbers with commas between them; 8/255 is one too."""
     try:
-        return tuple(float(number) for number in text.split(","))
-    except ValueError as error:
+        return tuple(float(Fraction(number.strip())) for number in text.split(","))
+    except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{option} {text}: write numbers with commas between, e.g. {option} 0.1,0.2,0.4.") from error
+
+
+def sigmas(text: str, site: str) -> tuple[float, ...]:
+    """The levels of noise that ``--sigma`` names: numbers, or a benchmark of noisy images."""
+    from bench.noise import CORRUPTION_SEVERITIES
+
+    if not is_benchmark(text):
+        return numbers("--sigma", text)
+    if site != "input":
+        raise UserError(f"--sigma {text} belongs to --site input.")
+    named = {name.lower().replace("-10", "10"): severities for name, severities in CORRUPTION_SEVERITIES.items()}
+    return named[text.lower()]
+
+
+def is_benchmark(text: str | None) -> bool:
+    """Whether ``--sigma`` names a benchmark, of which clipping to [0, 1] is a part."""
+    return text is not None and text.lower() in BENCHMARKS
 
 
 def options_of(given: argparse.Namespace) -> Options:
@@ -88,6 +127,24 @@ def options_of(given: argparse.Namespace) -> Options:
         concurrent=given.concurrent,
         tracking_uri=given.tracking_uri,
     )
+
+
+def follow(log: Path, work: Callable[[Say, Watch], T]) -> T:
+    """Do ``work(say, watch)`` with a live display; what Ray prints meanwhile goes to ``log``.
+
+    ``watch(source)`` shows a source of runs, and returns what is to be called about ten times a second.
+    """
+    from bench.streams import quiet
+    from bench.terminal import Progress
+
+    with quiet(log) as (_, err), Progress(err) as bar:
+
+        def watch(source: Shown) -> Callable[[], None]:
+            bar.say(f"{source.name}: {source.outlook()}; Ray's log: {log}")
+            bar.show(source.render)
+            return bar.tick
+
+        return work(bar.say, watch)
 
 
 def check_name(name: str) -> str:

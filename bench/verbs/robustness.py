@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +15,22 @@ from bench.verbs.common import (
     add_results,
     add_where,
     check_name,
+    follow,
+    is_benchmark,
     numbers,
     options_of,
     parse_settings,
+    sigmas,
     verb,
     writable,
 )
 
 if TYPE_CHECKING:
     from bench.config import TrialConfig
-    from bench.robustness import Ready, Robustness
+    from bench.robustness import Ready
 
-#: The networks of each rule.
-SEEDS = 5
+#: The networks of each rule, and their first seed: not one of those by which a search confirms its best.
+SEEDS, FIRST_SEED = 5, 2000
 
 
 def add(verbs: Any) -> None:
@@ -38,7 +41,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--arch", metavar="A", help="from `bench list networks` (else the --config's; else resnet18)")
     p.add_argument("--dataset", metavar="D", help="from `bench list datasets` (else the --config's; else digits)")
     p.add_argument("--site", metavar="S[,S...]", help="update, weight, activation, input (else all, if no --attack)")
-    p.add_argument("--sigma", metavar="X,X...", help="levels of noise, of one site; or imagenet-c, cifar10-c (input)")
+    p.add_argument("--sigma", metavar="X,X...", help="levels of noise, of one site; or imagenet-c, cifar10-c")
     p.add_argument("--on", default="both", help="whose updates are noisy: both, forward, feedback")
     p.add_argument("--clip", action="store_true", help="cut noisy pixels to [0, 1], as the -C benchmarks do")
     p.add_argument("--draws", type=int, default=5, metavar="K", help="of evaluation noise, averaged")
@@ -47,6 +50,9 @@ def add(verbs: Any) -> None:
     p.add_argument("--gradient", default="true", metavar="G[,G]", help="of an attack: true; feedback, through B")
     p.add_argument("--attacked", type=int, default=200, metavar="N", help="test examples under attack")
     p.add_argument("--queries", type=int, default=1000, metavar="N", help="of a black-box attack, each example")
+    p.add_argument(
+        "--first-seed", type=int, default=FIRST_SEED, metavar="S", help="the networks have the seeds S, S + 1, ..."
+    )
     p.add_argument(
         "--seeds", type=int, default=SEEDS, metavar="N", help="networks of each rule, the same seeds for all"
     )
@@ -96,9 +102,10 @@ def _robustness(given: argparse.Namespace) -> int:
         rules={rule: each.to_dict() for rule, each in rules.items()},
         levels={site: named or default_levels(site, first, options) for site, named in levels.items()},
         seeds=len({each.seed for each, _ in networks}) or given.seeds,
+        first_seed=given.first_seed,
         draws=given.draws,
         update_on=given.on,
-        clip=given.clip,
+        clip=given.clip or is_benchmark(given.sigma),
         gradients=gradients,
         attacked=given.attacked,
         queries=given.queries,
@@ -118,8 +125,8 @@ def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:
 
     if given.config or given.study or given.epochs is not None or given.set:
         raise UserError("--checkpoint brings its configuration: leave out --config, --study, --epochs and --set.")
-    if given.seeds != SEEDS:
-        raise UserError("--checkpoint brings its seed, which all rules then have: leave out --seeds.")
+    if given.seeds != SEEDS or given.first_seed != FIRST_SEED:
+        raise UserError("--checkpoint brings its seed, which all rules then have: leave out --seeds and --first-seed.")
     found: dict[tuple[str, int], tuple[TrialConfig, Path]] = {}
     for path in given.checkpoint:
         state = read_checkpoint(path)
@@ -139,7 +146,7 @@ def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:
 def _levels(given: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     """The grid that was named of each site and attack to be measured; empty: its own."""
     from bench.evaluators.adversarial import ATTACKS
-    from bench.noise import CORRUPTION_SEVERITIES, SITES
+    from bench.noise import SITES
 
     attacks = [] if given.attack is None else _names(given.attack, ATTACKS, "attack")
     all_sites = [] if attacks else list(SITES)
@@ -154,10 +161,7 @@ def _levels(given: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     if given.sigma is not None:
         if len(sites) != 1:
             raise UserError("--sigma is in the unit of one site: name it, with --site.")
-        named = {name.lower().replace("-10", "10"): severities for name, severities in CORRUPTION_SEVERITIES.items()}
-        if given.sigma.lower() in named and sites != ["input"]:
-            raise UserError(f"--sigma {given.sigma} belongs to --site input.")
-        levels[sites[0]] = named.get(given.sigma.lower()) or numbers("--sigma", given.sigma)
+        levels[sites[0]] = sigmas(given.sigma, sites[0])
     if given.epsilon is not None:
         if not attacks:
             raise UserError("--epsilon is of attacks: name one, with --attack.")
@@ -187,23 +191,9 @@ def _best(results: Path, study: str) -> Path:
 def _run(ready: Ready, *, json_wanted: bool, keep_networks: bool) -> int:
     from bench.present import print_robustness, study_link
     from bench.robustness import measure
-    from bench.streams import quiet
-    from bench.terminal import Progress
 
     log = ready.folder / "ray.log"
-    bars: list[Progress] = []
-
-    def say(line: str) -> None:
-        bars[0].say(line)
-
-    def watch(source: Robustness) -> Callable[[], None]:
-        say(f"{ready.config.name}: {source.outlook()}; Ray's log: {log}")
-        bars[0].show(source.render)
-        return bars[0].tick
-
-    with quiet(log) as (_, err), Progress(err) as bar:
-        bars.append(bar)
-        outcome, summary = measure(ready, say=say, watch=watch, keep_networks=keep_networks)
+    outcome, summary = follow(log, lambda say, watch: measure(ready, say=say, watch=watch, keep_networks=keep_networks))
     summary["link"] = study_link(summary["mlflow"], ready.place.options)
     if json_wanted:
         print(json.dumps({"outcome": outcome, **summary}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from bench.config import Objective, StudyConfig, TrialConfig, UserError, check_range, study_name, unknown
@@ -14,15 +14,16 @@ from bench.verbs.common import (
     add_results,
     add_where,
     check_name,
-    numbers,
+    follow,
     options_of,
     parse_settings,
+    sigmas,
     verb,
     writable,
 )
 
 if TYPE_CHECKING:
-    from bench.campaign import Campaign, Ready
+    from bench.campaign import Ready
 
 OBJECTIVE_NAMES = get_args(Objective)
 
@@ -102,7 +103,7 @@ def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, An
     if given.objective not in OBJECTIVE_NAMES:
         raise unknown("objective", given.objective, OBJECTIVE_NAMES)
     if given.objective == "accuracy":
-        if given.site or given.sigma or given.draws != 1:
+        if given.site or given.sigma is not None or given.draws != 1:
             raise UserError(
                 "--site, --sigma and --draws have no effect on accuracy; use --objective robustness or both."
             )
@@ -111,8 +112,10 @@ def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, An
         if given.site:
             raise unknown("site", given.site, SITES)
         raise UserError(f"--objective {given.objective} needs the --site of the noise: {', '.join(SITES)}.")
-    if given.sigma:
-        levels = numbers("--sigma", given.sigma)
+    if given.site == "update" and given.draws != 1:
+        raise UserError("--draws has no effect on --site update, which is noise in training: leave it out.")
+    if given.sigma is not None:
+        levels = sigmas(given.sigma, given.site)
     else:
         what = {"rule": "backprop", "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
         levels = default_levels(given.site, TrialConfig.from_dict({**recipe, **what}), options_of(given))
@@ -122,25 +125,9 @@ def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, An
 def _run_search(ready: Ready, *, json_wanted: bool) -> int:
     from bench.present import print_search, study_link
     from bench.search import search
-    from bench.streams import quiet
-    from bench.terminal import Progress
 
-    config, log = ready.config, ready.folder / "ray.log"
-    bars: list[Progress] = []
-
-    def say(line: str) -> None:
-        bars[0].say(line)
-
-    def watch(campaign: Campaign) -> Callable[[], None]:
-        lanes = 1 + len(config.recipe["noise_levels"]) if config.recipe.get("noise_site") == "update" else 1
-        each = f", {lanes} networks each" if lanes > 1 else ""
-        say(f"{config.name}: {config.trials} trials of {config.epochs} epochs{each}; Ray's log: {log}")
-        bars[0].show(campaign.render)
-        return bars[0].tick
-
-    with quiet(log) as (_, err), Progress(err) as bar:
-        bars.append(bar)
-        outcome, summary = search(ready, say=say, watch=watch)
+    log = ready.folder / "ray.log"
+    outcome, summary = follow(log, lambda say, watch: search(ready, say=say, watch=watch))
     summary["link"] = study_link(summary["mlflow"], ready.place.options)
     if json_wanted:
         print(json.dumps({"outcome": outcome, **summary}))
