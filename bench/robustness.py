@@ -312,10 +312,9 @@ def _write_config(ready: Ready, keep_networks: bool) -> tuple[str, bool]:
     """
     path = ready.folder / "robustness.yaml"
     before = read_yaml(path) if path.exists() else {}
-    if before:
-        _check_same(before, ready)
+    config = ready.config.to_dict() | (_check_same(before, ready) if before else {})
     identity, kept = str(before.get("id") or uuid.uuid4().hex), keep_networks or before.get("keep_networks") is True
-    whole = {"id": identity, "runs_on": ready.place.key, "keep_networks": kept, "config": ready.config.to_dict()}
+    whole = {"id": identity, "runs_on": ready.place.key, "keep_networks": kept, "config": config}
     write_yaml(path, whole)
     return identity, kept
 
@@ -324,20 +323,22 @@ def _write_config(ready: Ready, keep_networks: bool) -> tuple[str, bool]:
 MAY_CHANGE = ("rules", "levels", "seeds", "gradients")
 
 
-def _check_same(before: Mapping[str, Any], ready: Ready) -> None:
+def _check_same(before: Mapping[str, Any], ready: Ready) -> dict[str, Any]:
+    """UserError for settings that make another measurement of it; the earlier ones that have no effect on this."""
     known, now = before.get("config"), ready.config.to_dict()
     if not isinstance(known, dict) or not isinstance(known.get("rules"), dict):
         raise UserError(f"{ready.folder / 'robustness.yaml'} is damaged: restore it, or use another --name.")
+    kept = {name: known[name] for name in ready.config.without_effect() if name in known}
     was = {**{k: v for k, v in known.items() if k not in MAY_CHANGE}, "device and data": before.get("runs_on")}
-    is_now = {**now, "device and data": ready.place.key}
+    is_now = {**now, **kept, "device and data": ready.place.key}
     for rule in known["rules"].keys() & now["rules"].keys():
-        was |= {f"{rule}'s {k}": v for k, v in known["rules"][rule].items()}
+        # its seed is not used: that of the file that it was read from, or of a checkpoint
+        was |= {f"{rule}'s {k}": v for k, v in known["rules"][rule].items() if k != "seed"}
         is_now |= {f"{rule}'s {k}": v for k, v in now["rules"][rule].items()}
     if changed := [f"{k} was {v}, is now {is_now.get(k)}" for k, v in was.items() if is_now.get(k) != v]:
-        raise UserError(
-            f"{ready.config.name!r} was begun with other settings ({'; '.join(changed[:4])}); use another --name "
-            "for these."
-        )
+        begun = f"{ready.config.name!r} was begun with other settings ({'; '.join(changed[:4])})"
+        raise UserError(f"{begun}; use another --name for these.")
+    return kept
 
 
 def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path) -> None:

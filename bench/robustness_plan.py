@@ -69,8 +69,8 @@ class RobustnessConfig(Strict):
             raise UserError(f"--gradient {','.join(self.gradients)}: write true, feedback, or true,feedback.")
         self._check_effects()
 
-    def _check_effects(self) -> None:
-        """Refuse a setting that changes nothing of what is measured."""
+    def without_effect(self) -> dict[str, tuple[str, str]]:
+        """The settings that change nothing of what is measured: by name, the option, and what it needs."""
         attacks = [ATTACKS[site] for site in self.levels if site in ATTACKS]
         after = [site for site in self.levels if site in SITES and SITES[site].disturb]
         needs = {
@@ -81,8 +81,12 @@ class RobustnessConfig(Strict):
             "attacked": ("--attacked", attacks, "an attack"),
             "queries": ("--queries", any(not a.uses_gradient for a in attacks), "a black-box attack: square"),
         }
-        for name, (option, there, what) in needs.items():
-            if not there and getattr(self, name) != getattr(type(self), name):
+        return {name: (option, what) for name, (option, there, what) in needs.items() if not there}
+
+    def _check_effects(self) -> None:
+        """Refuse a setting that changes nothing of what is measured."""
+        for name, (option, what) in self.without_effect().items():
+            if getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"{option} has no effect without {what}; leave it out.")
         if self.update_on == "feedback" and not any(parse_rule(rule).learns for rule in self.rules):
             raise UserError(

@@ -142,6 +142,14 @@ def test_another_measurement_is_refused_under_the_same_name(
     assert len(pretended["tasks"]) == 3 * tasks  # three new networks
 
 
+def test_what_has_no_effect_on_this_part_is_as_it_was(tmp_path: Path, pretended: dict[str, Any]) -> None:
+    weight: dict[str, Any] = {"seeds": 1, "levels": {"weight": (0.1, 0.2)}, "draws": 8}
+    measure(ready(tmp_path, **weight), say=print)
+    measure(ready(tmp_path, seeds=1, levels={"update": (0.1, 0.2)}), say=print)  # draws nothing
+    assert len(pretended["tasks"]) == 2
+    assert measure(ready(tmp_path, **weight), say=print)[0] == "known"
+
+
 def test_networks_that_were_removed_are_counted_and_another_network_is_said(
     tmp_path: Path, pretended: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
