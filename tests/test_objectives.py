@@ -364,7 +364,7 @@ BOTH = [*SEARCH, "--objective", "both", "--site", "input"]
         ([*BOTH, "--confirm-top", "0"], "confirm_top = 0 is out of range"),
         ([*BOTH, "--set", "noise_site=weight"], "not part of the recipe"),
         ([*ROBUST, "--site", "update", "--draws", "2"], "--draws has no effect on --site update"),
-        ([*ROBUST, "--site", "update", "--set", "update_noise=1"], "--draws has no effect on --site update"),
+        ([*ROBUST, "--site", "update", "--set", "update_noise=1"], "trains a network at each of noise_levels, once"),
         ([*SEARCH, "--set", "update_noise_on=forward"], "no effect without update_noise"),
         (["search", "--rule", "sign", "--set", "update_noise=1", "--set", "update_noise_on=feedback"], "no B learns"),
     ],

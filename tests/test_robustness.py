@@ -19,6 +19,7 @@ from bench.checkpoint import read_checkpoint
 from bench.cli import main
 from bench.config import TrialConfig, UserError
 from bench.engine import Task
+from bench.noise import ADDED_UP
 from bench.place import Options
 from bench.present import print_robustness
 from bench.probe import digest_of, run_probe
@@ -385,7 +386,7 @@ def test_a_measurement_from_end_to_end(tmp_path: Path) -> None:
     found = command(tmp_path, "--rule", "feedback", *first)
     assert (found["outcome"], found["complete"], found["runs"]["failed"]) == ("done", True, 0)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    whole = {"training": 2 * (1 + 6), "input": 2 * 9, "fgsm": 2 * 3}
+    whole = {"training": 2 * (1 + len(ADDED_UP)), "input": 2 * 9, "fgsm": 2 * 3}
     assert Counter(r["evaluation"].get("site", "training") for r in rows) == whole
     assert all(r["test_read"] for r in rows)
     assert not (folder / "networks").exists()
