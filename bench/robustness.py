@@ -166,8 +166,9 @@ class Robustness(Runs):
         config, first = self._plan.config, self._plan.networks[0].config
         attacked = min(config.attacked, self._place.examples["test"])
         attacks = _attack_curves(self._probes)
-        noise = [p for p in self.points() if p.site not in attacks]
-        hits = [p for p in self.points() if p.site in attacks]
+        points = self.points()
+        noise = [p for p in points if p.site not in attacks]
+        hits = [p for p in points if p.site in attacks]
         tested = self._place.examples["test"]
         still = {"update": [rule for rule in config.rules if self._plan.unaffected(rule)]}
         chance, symbols = self._place.chance, dict.fromkeys(attacks, "ε")
