@@ -85,7 +85,7 @@ class Campaign(Runs):
         for rule in CONTROLS:
             for seed in confirm_seeds(self.config) if rule != self.config.rule else ():
                 config = trial_config(self.config, changes, rule=rule, seed=seed)
-                uid = f"control-{rule}-{digest([config.to_dict(), self._place.key])}"
+                uid = f"control-{rule}-{digest([config.identity(), self._place.key])}"
                 tasks[uid] = Planned(config=config, kind="control", options={"read_test": True})
         return tasks
 

@@ -130,9 +130,16 @@ class Strict:
         """A checked copy with these fields changed."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
+    def identity(self) -> dict[str, Any]:
+        """The fields that differ from their defaults: a field that is new leaves the names of old runs as they are."""
+        plain = self.to_dict()
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        usual = {f.name: json.loads(json.dumps(f.default)) for f in fields if f.default is not dataclasses.MISSING}
+        return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
+
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name this configuration."""
-        return digest(self.to_dict())
+        return digest(self.identity())
 
 
 def digest(value: Any) -> str:

@@ -162,7 +162,7 @@ class Plan:
         for seed in self.seeds:
             for rule, base in self._bases.items():
                 config = base.replace(seed=seed)
-                uid, path = self._uid(config.to_dict()), self._given.get((rule, seed))
+                uid, path = self._uid(config.identity()), self._given.get((rule, seed))
                 kept = self._folder / "networks" / f"{uid}.pt"
                 yield Network(uid=uid, config=config, path=path or kept, file=digest_of(path) if path else None)
 
@@ -176,7 +176,7 @@ class Plan:
             return network.uid, network.config
         on = self.config.update_on if parse_rule(network.config.rule).learns else "both"  # one name for one training
         config = network.config.replace(update_noise=level, update_noise_on=on)
-        return self._uid(config.to_dict()), config
+        return self._uid(config.identity()), config
 
     def trainings(self) -> dict[str, Planned]:
         """By uid, in the order in which they run: the networks, then those with noise in their updates."""
@@ -199,7 +199,7 @@ class Plan:
                 for level in (0.0, *self.config.levels[evaluation["site"]]):
                     file = {"file": network.file} if network.given else {}
                     whole = {**evaluation, "level": level, **file}
-                    uid = self._uid(network.config.to_dict(), whole)
+                    uid = self._uid(network.config.identity(), whole)
                     found[uid] = Probe(network=network, curves=curves, level=level, evaluation=whole)
         return found
 

@@ -290,3 +290,10 @@ def test_unknown_lists_what_there_is() -> None:
         "unknown fruit 'aple'. Did you mean 'apple'? Valid: apple, pear."
     )
     assert str(unknown("fruit", "brick", ["pear"])) == "unknown fruit 'brick'. Valid: pear."
+
+
+def test_a_digest_is_of_what_differs_from_the_defaults() -> None:
+    """A release with one more field gives the runs of the release before the names that they had."""
+    config = TrialConfig(rule="sparse", coefficients={"sparse": 0.1}, epochs=3)
+    assert config.identity() == {"rule": "sparse", "coefficients": {"sparse": 0.1}, "epochs": 3}
+    assert TrialConfig.from_dict(config.identity()) == config
