@@ -15,6 +15,7 @@ from typing import Any
 from bench import engine
 from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig, TrialResult, digest
+from bench.learning.rules import parse_rule
 from bench.place import Place
 from bench.rows import Row, RowFile, result_of
 from bench.runs import FIRST_CONFIRM_SEED, Planned, Running, Runs
@@ -49,18 +50,27 @@ def confirm_seeds(config: StudyConfig) -> list[int]:
 def trial_config(
     config: StudyConfig, changes: Mapping[str, Any], *, rule: str | None = None, seed: int | None = None
 ) -> TrialConfig:
-    """One run of the study: its recipe, and these changes."""
-    return TrialConfig.from_dict(
-        {
-            **config.recipe,
-            "rule": rule or config.rule,
-            "arch": config.arch,
-            "dataset": config.dataset,
-            "epochs": config.epochs,
-            "seed": config.seed if seed is None else seed,
-            **changes,
-        }
-    )
+    """One run of the study: its recipe, and these changes (of which ``rule`` may be one).
+
+    A setting of the recipe that only learned feedback weights know is left out where it has no effect.
+    """
+    values = {
+        **config.recipe,
+        "rule": rule or config.rule,
+        "arch": config.arch,
+        "dataset": config.dataset,
+        "epochs": config.epochs,
+        "seed": config.seed if seed is None else seed,
+        **changes,
+    }
+    if not parse_rule(values["rule"]).sees_activity:
+        values = {name: value for name, value in values.items() if name not in ("scaling", "centered")}
+    return TrialConfig.from_dict(values)
+
+
+def control_uid(config: TrialConfig, key: str) -> str:
+    """The name of a control's run, the same in every search beside which it stands; ``key`` as in `Place`."""
+    return f"control-{config.rule}-{digest([config.identity(), key])}"
 
 
 class Campaign(Runs):
@@ -85,7 +95,7 @@ class Campaign(Runs):
         for rule in CONTROLS:
             for seed in confirm_seeds(self.config) if rule != self.config.rule else ():
                 config = trial_config(self.config, changes, rule=rule, seed=seed)
-                uid = f"control-{rule}-{digest([config.identity(), self._place.key])}"
+                uid = control_uid(config, self._place.key)
                 tasks[uid] = Planned(config=config, kind="control", options={"read_test": True})
         return tasks
 
@@ -126,7 +136,12 @@ class Campaign(Runs):
             return engine.WAIT
         for uid, plan in self._open(self.confirm_tasks()):
             return self._task(uid, plan)
-        return None
+        return engine.WAIT if self._awaits_controls() else None
+
+    def _awaits_controls(self) -> bool:
+        """Whether another search of the same programme has a control of ours under way."""
+        following = map(self._next_attempt, self.control_tasks())
+        return any(uid is not None and uid not in self._running and self.elsewhere(uid) for uid in following)
 
     def _task(self, uid: str, plan: Planned) -> engine.Task:
         return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))

@@ -13,6 +13,7 @@ from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, SuccessiveH
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 
 from bench.config import StudyConfig, UserError, unknown
+from bench.learning.rules import ANY
 
 #: No trial is stopped before this many others have come as far: of two or three, the best says nothing.
 PATIENCE = 4
@@ -24,7 +25,8 @@ REDUCTION = 3
 class Row:
     """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``.
 
-    ``several``: whether Optuna lets it be used where there is more than one objective.
+    ``several``: whether Optuna lets it be used where there is more than one objective. ``conditional`` (of a sampler):
+    whether it learns from parameters that only some trials have.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Row:
     summary: str
     source: str
     several: bool = False
+    conditional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,10 @@ OBJECTIVES = {
 }
 
 
-#: What Optuna 5 does by default, and 4 does not.
-_TPE = {"multivariate": True, "constant_liar": True}
+#: The first and the last are what Optuna 5 does by default, and 4 does not. ``group``: parameters that some trials lack
+#: have distributions of their own (without it, Optuna 4 complains of each). Where none is lacking there is one group,
+#: and the proposals are the same as without.
+_TPE = {"multivariate": True, "group": True, "constant_liar": True}
 
 
 def _by_name(*rows: Row) -> dict[str, Row]:
@@ -82,6 +87,7 @@ SAMPLERS = _by_name(
         summary="tree-structured Parzen estimator, multivariate",
         source="Optuna's TPESampler; Bergstra et al. 2011, Watanabe 2023, arXiv 2304.11127",
         several=True,
+        conditional=True,
     ),
     Row(
         name="cmaes",
@@ -95,6 +101,7 @@ SAMPLERS = _by_name(
         summary="uniform in the search space (or in its logarithm)",
         source="Bergstra & Bengio 2012",
         several=True,
+        conditional=True,
     ),
 )
 
@@ -142,7 +149,10 @@ SCHEDULERS = _by_name(
 
 
 def check_choices(config: StudyConfig) -> None:
-    """UserError for a sampler or scheduler that is not in its registry, or cannot serve the study's objectives."""
+    """UserError for a sampler or scheduler that is not in its registry, or cannot serve the study's objectives or rule.
+
+    Optuna's GP and CMA-ES look at the parameters that every trial has, and would draw the others at random.
+    """
     for what, name, rows in (("sampler", config.sampler, SAMPLERS), ("scheduler", config.scheduler, SCHEDULERS)):
         if name not in rows:
             raise unknown(what, name, rows)
@@ -152,6 +162,12 @@ def check_choices(config: StudyConfig) -> None:
                 f"objective {config.objective!r} is two at once, and the {what} {name!r} takes one only: "
                 f"use --{what} {fit}."
             )
+    if config.rule == ANY and not SAMPLERS[config.sampler].conditional:
+        fit = " or ".join(row.name for row in SAMPLERS.values() if row.conditional)
+        raise UserError(
+            f"rule {ANY!r} has coefficients that only some trials have, and the sampler {config.sampler!r} learns "
+            f"nothing about those: use --sampler {fit}."
+        )
 
 
 def make_sampler(name: str, seed: int, budget: int) -> BaseSampler:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import bench
 from bench.config import UserError, unknown
-from bench.verbs import robustness, search, train
+from bench.verbs import matrix, robustness, search, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_results, verb
 
 
@@ -46,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for add in (
         search.add,
+        transfer.add,
+        matrix.add,
         robustness.add,
         train.add_train,
         train.add_evaluate,

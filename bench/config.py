@@ -22,8 +22,13 @@ from typing import Any, Literal, Self
 #: The five primitives of Kunin et al. 2020, in the canonical order (design: decay, amp, null, sparse, self).
 PRIMITIVE_NAMES = ("decay", "amp", "null", "sparse", "self")
 
+#: Those whose gradient reads a layer's activity, and grows with the layer: what ``scaling`` and ``centered`` change.
+ACTIVITY_PRIMITIVES = ("amp", "null", "sparse")
+
 Status = Literal["finished", "stopped", "diverged", "failed"]
-Kind = Literal["search", "confirm", "control", "train", "robustness"]
+Kind = Literal["search", "confirm", "control", "train", "robustness", "transfer"]
+#: What the activity-dependent terms of B's gradient are divided by: nothing (the authors'), or the layer's input energy.
+Scaling = Literal["reference", "normalized"]
 #: Where Gaussian noise goes (design, section 5): into training (update), or into a trained network.
 Site = Literal["update", "weight", "activation", "input"]
 #: What a search maximises: clean accuracy, the area under accuracy against the noise, or both (a Pareto front).
@@ -190,6 +195,9 @@ class TrialConfig(Strict):
     feedback_lr_factor: float = 1.0
     feedback_every: int = 1
     feedback_warmup_epochs: float = 0.0
+    # what amp, null and sparse make of a layer's activity: divided by its energy; without its mean
+    scaling: Scaling = "reference"
+    centered: bool = False
 
     # the network
     stem: Literal["auto", "small", "imagenet"] = "auto"
@@ -310,6 +318,9 @@ class StudyConfig(Strict):
     confirm_top: int = 1
     confirm_seeds: int = 3
     objective: Objective = "accuracy"
+    # a warm start: the first trials, from the best of that study, in its order
+    warm_from: str | None = None
+    warm: tuple[dict[str, Any], ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
 
@@ -320,13 +331,16 @@ class StudyConfig(Strict):
         check_range("study", "confirm_seeds", self.confirm_seeds, 0, 1000)
         check_range("study", "confirm_top", self.confirm_top, 1, 1000)
         check_range("study", "seed", self.seed, 0, 2**31 - 1)
+        if bool(self.warm) != (self.warm_from is not None):
+            raise UserError("study: warm and warm_from go together: trials, and the study that they are from.")
 
 
-def study_name(rule: str, arch: str, dataset: str) -> str:
+def study_name(rule: str, arch: str, dataset: str, *, scaling: Scaling = "reference", centered: bool = False) -> str:
     """The default name: what the study is about, in characters that every file system takes."""
     kind, _, path = dataset.partition(":")
     data = f"{kind}-{PurePath(path).name}" if path else kind
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}-{data}").strip("-.")
+    how = ("" if scaling == "reference" else f"-{scaling}") + ("-centered" if centered else "")
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}-{data}{how}").strip("-.")
 
 
 @dataclass(frozen=True, kw_only=True)

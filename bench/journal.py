@@ -11,12 +11,31 @@ from pathlib import Path
 
 from bench.config import UserError
 
+#: What a folder under the results can be of, by the file that says so.
+BOOKS = {
+    "study.yaml": "a search",
+    "robustness.yaml": "a measurement of robustness",
+    "transfer.yaml": "a transfer",
+    "matrix.yaml": "a matrix",
+}
+
+
+def check_kind(folder: Path, own: str) -> None:
+    """UserError if the folder is of another kind than ``own``, a key of `BOOKS`."""
+    for book, kind in BOOKS.items():
+        if book != own and (folder / book).exists():
+            raise UserError(f"{folder} holds {kind}; give this another --name.")
+
+
+class BusyError(UserError):
+    """Another process has the study."""
+
 
 def claim(folder: Path) -> int:
     """Take ``folder`` (made if need be) for this process; returns the descriptor that holds it.
 
     The operating system lets go of it when this process ends, however it ends; ``os.close`` does so
-    before. A UserError if another process has it, or if it cannot be written.
+    before. `BusyError` if another process has it; a UserError if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +47,7 @@ def claim(folder: Path) -> int:
     except BlockingIOError as error:
         owner = os.read(descriptor, 20).decode() or "unknown"
         os.close(descriptor)
-        raise UserError(
+        raise BusyError(
             f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or "
             "use another --name."
         ) from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.matrix_words import any_lines
 from bench.place import Options
 from bench.robustness import note, title, unit_of
 from bench.robustness_words import curve_columns, curve_rows, draws_line, table_columns, table_rows, verdict_lines
@@ -38,11 +39,15 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
         if summary["objective"] == "both":
             note += "; ● on the front of the validation means: what differs by less than ± may trade places"
         out.print(table(head, search_columns(summary), rows, caption=note))
+    if summary["warm"]:
+        _print_warm(out, summary["warm"])
+    for line in any_lines(summary["matrix"]):
+        out.print(line, markup=False)
     best = Path(summary["folder"]) / "best.yaml"
     if best.exists():
         what = "best compromise of the front" if summary["objective"] == "both" else "best configuration"
         out.print(f"{what}: {best}", markup=False)
-    _print_link(out, summary, options)
+    print_link(out, summary, options)
 
 
 def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options) -> None:
@@ -65,10 +70,23 @@ def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options)
         log = Path(summary["folder"]) / "ray.log"
         out.print(f"the same command tries what failed again; why it failed is in {log}", markup=False)
     out.print(f"figures: {summary['folder']}", markup=False)
-    _print_link(out, summary, options)
+    print_link(out, summary, options)
 
 
-def _print_link(out: Console, summary: Mapping[str, Any], options: Options) -> None:
+def _print_warm(out: Console, warm: Mapping[str, Any]) -> None:
+    """What the warm start saved."""
+    if warm["reason"]:
+        out.print(f"warm start: nothing to compare it with ({warm['reason']})", markup=False)
+        return
+    out.print(
+        f"warm start: {warm['level']:.2%} was reached at trial {warm['warm']}, in {warm['study']} (cold, the same budget) "
+        f"at trial {warm['cold']}: {warm['saved']} trials saved (one search each)",
+        markup=False,
+    )
+
+
+def print_link(out: Console, summary: Mapping[str, Any], options: Options) -> None:
+    """Where the runs can be compared."""
     where = f" --results {options.results}" if str(options.results) != "results" else ""
     if summary["link"] and options.tracking_uri and options.tracking_uri.startswith("http"):
         out.print(f"compare the runs: {summary['link']}", markup=False)

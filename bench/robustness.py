@@ -14,7 +14,7 @@ from bench.config import TrialConfig, TrialResult, UserError
 from bench.evaluators.adversarial import ATTACKS
 from bench.figures import robustness_figure
 from bench.files import read_yaml, write_atomic, write_yaml
-from bench.journal import claimed
+from bench.journal import check_kind, claimed
 from bench.noise import SITES
 from bench.place import Options, Place, survey
 from bench.robustness_plan import REFERENCE, Network, Plan, Probe, RobustnessConfig
@@ -259,8 +259,7 @@ def prepare_measurement(
     config: RobustnessConfig, options: Options, given: Sequence[tuple[TrialConfig, Path]] = ()
 ) -> Ready:
     """Everything that it needs, tried out; UserError for what cannot work, before anything is written."""
-    if (options.results / config.name / "study.yaml").exists():
-        raise UserError(f"{options.results / config.name} is a search; give the measurement another --name.")
+    check_kind(options.results / config.name, "robustness.yaml")
     rules = [TrialConfig.from_dict(values) for values in config.rules.values()]
     for rule in rules:
         place = survey(options, rule)

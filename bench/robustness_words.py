@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.cells import NOTHING, interval, margin, pairs
+
 #: To be said under the tables of this module.
 CAPTION = "± is the half-width of the 95 % interval"
 #: What stands in the place of a curve where there is none by design.
@@ -33,7 +35,7 @@ def curve_columns(site: Mapping[str, Any]) -> tuple[str, ...]:
 
 def curve_rows(site: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row per level, the clean one first: accuracy in %, and how many runs are diverged or missing."""
-    rows = [("0", *(_spread(found["clean"], 100, 2) for found in site["rules"]))]
+    rows = [("0", *(margin(found["clean"], 100, 2) for found in site["rules"]))]
     for i, level in enumerate(site["levels"]):
         cells = (NO_NOISE if found["unaffected"] else _curve_cell(found["curve"][i]) for found in site["rules"])
         rows.append((f"{level:g}", *cells))
@@ -85,11 +87,11 @@ def _reference(site: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _cells(site: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, ...]:
     whole = len(found["seeds"]) - found["incomplete"]
     survivors = f" ({whole - found['at_chance']} of {whole} learned)" if found["at_chance"] else ""
-    relative = _spread(found["relative_area"], 1, 3)
+    relative = margin(found["relative_area"], 1, 3)
     return (
         found["rule"],
-        _spread(found["clean"], 100, 2),
-        NO_NOISE if found["unaffected"] else _spread(found["area"], 100, 2),
+        margin(found["clean"], 100, 2),
+        NO_NOISE if found["unaffected"] else margin(found["area"], 100, 2),
         f"{relative}{survivors}" if found["relative_area"] else relative,
         _half(found["half_level"], site["levels"]),
         ", ".join([str(whole), *_lost(found)]),
@@ -107,20 +109,13 @@ def _lost(found: Mapping[str, Any]) -> list[str]:
     return [f"{count} {name}" for name, count in counts.items() if count]
 
 
-def _spread(value: Mapping[str, Any] | None, scale: float, digits: int) -> str:
-    if value is None:
-        return "–"
-    half = "" if value["high"] is None else f" ± {(value['high'] - value['mean']) * scale:.{digits}f}"
-    return f"{value['mean'] * scale:.{digits}f}{half}"
-
-
 def _half(value: Mapping[str, Any] | None, levels: Sequence[float]) -> str:
     if value is None:
-        return "–"
+        return NOTHING
     last = levels[-1]
     if value["mean"] is not None:
-        interval = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
-        return f"{value['mean']:.3g}{interval}"
+        ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
+        return f"{value['mean']:.3g}{ends}"
     middle = f"> {value['median_above']:.3g}" if value["median"] is None else f"{value['median']:.3g}"
     beyond = f" ({value['beyond']} of {value['n']} beyond {last:g})" if 0 < value["beyond"] < value["n"] else ""
     return f"median {middle}{beyond}" if value["beyond"] < value["n"] else f"> {last:g}"
@@ -129,19 +124,13 @@ def _half(value: Mapping[str, Any] | None, levels: Sequence[float]) -> str:
 def _difference(found: Mapping[str, Any]) -> str:
     versus = found["relative_area_versus"]
     if versus is None:
-        return "–"
-    pairs = "" if versus["n"] == len(found["seeds"]) else f" (n {versus['n']})"
-    return f"{_interval(versus)} {found['verdict']}{pairs}"
-
-
-def _interval(value: Mapping[str, Any]) -> str:
-    interval = "" if value["low"] is None else f" [{value['low']:+.3f}, {value['high']:+.3f}]"
-    return f"{value['mean']:+.3f}{interval}"
+        return NOTHING
+    return f"{interval(versus, 1, 3)} {found['verdict']}{pairs(versus, len(found['seeds']))}"
 
 
 def _curve_cell(level: Mapping[str, Any]) -> str:
     lost = [f"{level[name]} {name}" for name in ("diverged", "failed") if level[name]]
-    return ", ".join([_spread(level["acc"], 100, 2), *lost])
+    return ", ".join([margin(level["acc"], 100, 2), *lost])
 
 
 def _sentence(site: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -155,7 +144,7 @@ def _sentence(site: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         return f"{start} not compared with {site['reference']}: {_why_not(site, found)}{lost}."
     said = {"not distinguishable": f"not distinguishable from {site['reference']} at this n"}
     verdict = said.get(found["verdict"], f"{found['verdict']} than {site['reference']}")
-    return f"{start} {verdict} (relative area {_interval(versus)}, n = {versus['n']}){_clean(site, found)}{lost}."
+    return f"{start} {verdict} (relative area {interval(versus, 1, 3)}, n = {versus['n']}){_clean(site, found)}{lost}."
 
 
 def _losses(found: Mapping[str, Any]) -> str:
@@ -238,5 +227,5 @@ def _why_not(site: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _survivors(found: Mapping[str, Any]) -> str:
     """A mean over those that learned is not one of the rule: which they are was decided by the outcome."""
     whole, relative = len(found["seeds"]) - found["incomplete"], found["relative_area"]
-    rest = f" (relative area {_spread(relative, 1, 3)} over the {relative['n']} that learned)" if relative else ""
+    rest = f" (relative area {margin(relative, 1, 3)} over the {relative['n']} that learned)" if relative else ""
     return f"{found['at_chance']} of {whole} networks of {found['rule']} learned nothing{rest}"

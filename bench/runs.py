@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from bench import engine
 from bench.config import Kind, TrialConfig, TrialResult, UserError
@@ -63,6 +63,8 @@ class Runs:
             self._done |= file.by_uid()
         self._failed_here: set[str] = set()
         self._running: dict[str, Running] = {}
+        #: whether another source of the same programme has this run under way
+        self.elsewhere: Callable[[str], bool] = lambda uid: False  # noqa: ARG005
         self._started_at = time.monotonic()
         self._seconds: dict[bool, list[float]] = {False: [], True: []}  # of trainings, of evaluations; in this start
 
@@ -74,6 +76,11 @@ class Runs:
     def next(self) -> engine.Task | engine.Wait | None:
         """As `engine.Source` has it."""
         raise NotImplementedError
+
+    @property
+    def running(self) -> bool:
+        """Whether any run of this source is under way."""
+        return bool(self._running)
 
     @property
     def chance(self) -> float:
@@ -99,7 +106,7 @@ class Runs:
         """What of these is neither settled nor under way."""
         for base, plan in plans.items():
             uid = self._next_attempt(base)
-            if uid is not None and uid not in self._running:
+            if uid is not None and uid not in self._running and not self.elsewhere(uid):
                 yield uid, plan
 
     def _row_of(self, base: str) -> Row | None:
@@ -198,7 +205,19 @@ class Runs:
         return lines
 
 
-S = TypeVar("S", bound=Runs)
+    def render(self) -> str:
+        """The live display."""
+        return "\n".join(self._lines())
+
+
+class Complete(engine.Source, Protocol):
+    """A source that knows whether anything is left to run."""
+
+    @property
+    def complete(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Complete)
 
 
 def carry_out(

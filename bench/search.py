@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,66 @@ from bench.choices import OBJECTIVES, check_choices
 from bench.config import StudyConfig, UserError
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.front import spread
-from bench.place import Options, survey
+from bench.journal import check_kind
+from bench.learning.rules import parse_rule
+from bench.place import Options, Place, survey
 from bench.rows import RowFile
 from bench.runs import Outcome, carry_out
 from bench.space import Space
 from bench.study import Study
 from bench.summary import headline
 from bench.tracking import Tracker
+from bench.training import resolve_coefficients
 
 
-def check(config: StudyConfig, space: Space, options: Options) -> Ready:
-    """Everything that a search needs, tried out; UserError for what cannot work, before anything is written."""
+def check(config: StudyConfig, space: Space, options: Options, place: Place | None = None) -> Ready:
+    """Everything that a search needs, tried out; UserError for what cannot work, before anything is written.
+
+    ``place``: that of another search with the same network, data and recipe, which is then not tried out again.
+    """
     check_choices(config)
     lowest = trial_config(config, space.changes(space.corners()[0]))
-    return Ready(config=config, space=space, place=survey(options, lowest))
+    resolve_coefficients(lowest, parse_rule(lowest.rule))
+    return Ready(config=config, space=space, place=survey(options, lowest) if place is None else place)
+
+
+class Open:
+    """A search under way: its study and rows, and its run in MLflow. Made by `opened`."""
+
+    def __init__(self, ready: Ready, campaign: Campaign, tracker: Tracker) -> None:
+        self.ready, self.campaign, self._tracker = ready, campaign, tracker
+
+    def finish(self, outcome: Outcome) -> dict[str, Any]:
+        """Write and record what is known by now; the summary of it."""
+        folder, tracker = self.ready.folder, self._tracker
+        summary = self.campaign.summary()
+        _write_best(folder, self.campaign, summary)
+        if summary["objective"] == "both":
+            _write_front(folder, summary)
+        tracker.headline(headline(summary))
+        files = ("study.yaml", "rows.jsonl", "journal.log", "best.yaml", "front.json")
+        tracker.artifacts([folder / name for name in files if (folder / name).exists()])
+        tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
+        return {**summary, "folder": str(folder), "mlflow": tracker.link()}
+
+
+@contextmanager
+def opened(ready: Ready, *, say: Callable[[str], None]) -> Iterator[Open]:
+    """Begin a search, or go on with the one in its folder; nothing is run yet."""
+    config, place, folder = ready.config, ready.place, ready.folder
+    distributions, conditions = ready.space.distributions(), ready.space.conditions()
+    with Study.open(folder, config, distributions, say=say, chance=place.chance, conditions=conditions) as study:
+        identity = _write_config(ready)
+        spool = place.options.results / "spool"
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
+            rows = RowFile(folder / "rows.jsonl", say=say)
+            controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
+            campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
+            tags = {"bench.rule": config.rule, "bench.arch": config.arch, "bench.seed": config.seed}
+            tracker.study(config.name, config=config.to_dict(), tags=tags, identity=identity)
+            tracker.dataset(*place.dataset)
+            campaign.record_known()
+            yield Open(ready, campaign, tracker)
 
 
 def search(
@@ -40,29 +87,9 @@ def search(
     "known": everything had been run before. ``watch`` gets the campaign and returns what is called about
     ten times a second.
     """
-    config, place, folder = ready.config, ready.place, ready.folder
-    distributions = ready.space.distributions()
-    with Study.open(folder, config, distributions, say=say, chance=place.chance) as study:
-        identity = _write_config(ready)
-        spool = place.options.results / "spool"
-        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
-            rows = RowFile(folder / "rows.jsonl", say=say)
-            controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
-            campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
-            tags = {"bench.rule": config.rule, "bench.arch": config.arch, "bench.seed": config.seed}
-            tracker.study(config.name, config=config.to_dict(), tags=tags, identity=identity)
-            tracker.dataset(*place.dataset)
-            campaign.record_known()
-            outcome = carry_out(campaign, place, folder / "ray.log", say=say, watch=watch)
-            summary = campaign.summary()
-            _write_best(folder, campaign, summary)
-            if summary["objective"] == "both":
-                _write_front(folder, summary)
-            tracker.headline(headline(summary))
-            files = ("study.yaml", "rows.jsonl", "journal.log", "best.yaml", "front.json")
-            tracker.artifacts([folder / name for name in files if (folder / name).exists()])
-            tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
-            return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
+    with opened(ready, say=say) as it:
+        outcome = carry_out(it.campaign, ready.place, ready.folder / "ray.log", say=say, watch=watch)
+        return outcome, it.finish(outcome)
 
 
 def _write_config(ready: Ready) -> str:
@@ -71,8 +98,7 @@ def _write_config(ready: Ready) -> str:
     UserError for a smaller budget than before, and for other data or another kind of device.
     """
     config, path = ready.config, ready.folder / "study.yaml"
-    if (ready.folder / "robustness.yaml").exists():
-        raise UserError(f"{ready.folder} holds a measurement of robustness; give this search another --name.")
+    check_kind(ready.folder, "study.yaml")
     before = read_yaml(path) if path.exists() else {}
     known = before.get("config", {})
     if before and not (isinstance(known, dict) and isinstance(known.get("trials"), int)):

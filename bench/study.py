@@ -11,28 +11,26 @@ from __future__ import annotations
 
 import math
 import os
-import random
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import optuna
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import distribution_to_json
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from bench.choices import OBJECTIVES, PATIENCE, SCHEDULERS, check_choices, make_sampler
+from bench.choices import OBJECTIVES, PATIENCE, SAMPLERS, SCHEDULERS, check_choices
 from bench.config import StudyConfig, TrialResult, UserError
 from bench.front import spread
 from bench.journal import claim, mend
+from bench.proposals import Conditions, Distributions, budget, check_warm, is_diverged, propose
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-Distributions = Mapping[str, BaseDistribution]
 Say = Callable[[str], None]
 
 #: What may change between one start of a study and the next.
@@ -76,11 +74,18 @@ class Study:
     """One search, kept in ``folder/journal.log``; one process at a time may have it open."""
 
     def __init__(
-        self, folder: Path, config: StudyConfig, distributions: Distributions, chance: float, storage: JournalStorage
+        self,
+        folder: Path,
+        config: StudyConfig,
+        distributions: Distributions,
+        conditions: Conditions,
+        chance: float,
+        storage: JournalStorage,
     ) -> None:
         """Use `Study.open`."""
         self.folder, self.config = folder, config
-        self._distributions, self._chance, self._storage = dict(distributions), chance, storage
+        self._distributions, self._conditions = dict(distributions), dict(conditions)
+        self._chance, self._storage = chance, storage
         self._metrics = OBJECTIVES[config.objective].metrics
         self._pruner = SCHEDULERS[config.scheduler].make(config.epochs)
         self._study = optuna.create_study(
@@ -88,7 +93,7 @@ class Study:
             study_name=config.name,
             directions=["maximize"] * len(self._metrics),
             load_if_exists=True,
-            sampler=RandomSampler(seed=0),  # never asked: see _propose
+            sampler=RandomSampler(seed=0),  # never asked: see bench.proposals
             pruner=self._pruner,
         )
         self._id = storage.get_study_id_from_name(config.name)
@@ -96,21 +101,34 @@ class Study:
         self._lock = -1
 
     @classmethod
-    def open(cls, folder: Path, config: StudyConfig, distributions: Distributions, *, say: Say, chance: float) -> Self:
+    def open(
+        cls,
+        folder: Path,
+        config: StudyConfig,
+        distributions: Distributions,
+        *,
+        say: Say,
+        chance: float,
+        conditions: Conditions | None = None,
+    ) -> Self:
         """Begin a study in ``folder``, or go on with the one there.
 
         ``distributions``: Optuna's, by parameter. ``chance``: the accuracy of guessing, which a diverged
-        trial counts as in every objective. A UserError if another process has the study open, if it was
-        begun with other settings, or if its journal is damaged.
+        trial counts as in every objective. ``conditions``: the parameters that only some trials have, each
+        with its switch. A UserError if another process has the study open, if it was begun with other
+        settings, if its journal is damaged, or if its warm trials lie outside the space.
         """
+        conditions = conditions or {}
         check_choices(config)
+        assert not conditions or SAMPLERS[config.sampler].conditional, f"{config.sampler} cannot see conditions"
+        check_warm(config, distributions, conditions)
         lock = claim(folder)
         try:
             journal = folder / "journal.log"
             mend(journal, say)
             storage = JournalStorage(JournalFileBackend(str(journal)))
             _check_name(storage, config.name, folder)
-            study = cls(folder, config, distributions, chance, storage)
+            study = cls(folder, config, distributions, conditions, chance, storage)
             study._check_settings()
         except BaseException:
             os.close(lock)
@@ -135,7 +153,7 @@ class Study:
     @property
     def budget(self) -> int:
         """How many trials there are to be; where there is nothing to choose, one says all."""
-        return self.config.trials if self._distributions else 1
+        return budget(self.config, self._distributions)
 
     def ask(self) -> Proposal | None:
         """A trial to run: first those that a dead driver left, then new ones; None when all are given out."""
@@ -146,12 +164,12 @@ class Study:
         number = len(trials)
         if number >= self.budget:
             return None
-        params, state = self._propose(trials)
+        params, state = propose(self.config, self._distributions, self._conditions, trials, chance=self._chance)
         uid = self._uid(number)
         trial = create_trial(
             state=TrialState.RUNNING,
             params=params,
-            distributions=self._distributions,
+            distributions={name: self._distributions[name] for name in params},
             user_attrs={"uid": uid},
             system_attrs=state,
         )
@@ -219,7 +237,7 @@ class Study:
         """Trials by what became of them."""
         trials = self._trials()
         states = [t.state for t in trials]
-        diverged = sum(_diverged(t) for t in trials)
+        diverged = sum(is_diverged(t) for t in trials)
         return Counts(
             finished=states.count(TrialState.COMPLETE) - diverged,
             stopped=states.count(TrialState.PRUNED),
@@ -234,7 +252,7 @@ class Study:
 
         With two objectives: n of their Pareto front, chosen by `bench.front.spread`, and in its order.
         """
-        whole = [t for t in self._trials() if t.state == TrialState.COMPLETE and not _diverged(t)]
+        whole = [t for t in self._trials() if t.state == TrialState.COMPLETE and not is_diverged(t)]
         if len(self._metrics) > 1:
             points = [(t.values[0], t.values[1]) for t in whole]
             ranked = [whole[i] for i in spread(points, n, (self._chance, self._chance))]
@@ -245,25 +263,11 @@ class Study:
             for t in ranked
         ]
 
-    def _propose(self, trials: Sequence[FrozenTrial]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Parameters for the next trial, and what the sampler wants kept with it (CMA-ES: its state).
-
-        The sampler sees a copy of the study in memory, with what `as_completed` makes of stopped trials
-        (with two objectives there are none).
-        """
-        number = len(trials)
-        seed = random.Random(f"{self.config.seed}:{number}").randrange(2**31)
-        sampler = make_sampler(self.config.sampler, seed, self.budget)
-        copy = optuna.create_study(directions=self._study.directions, sampler=sampler)
-        copy.add_trials(trials if len(self._metrics) > 1 else as_completed(trials, self._chance))
-        params = dict(copy.ask(self._distributions).params)
-        state = copy.get_trials(deepcopy=False)[number].system_attrs
-        return params, {key: value for key, value in state.items() if key.startswith("cma:")}
-
     def _check_settings(self) -> None:
         """Keep the settings with the study; a UserError if it was begun with others."""
         now = {key: value for key, value in self.config.to_dict().items() if key not in MAY_CHANGE}
         now["distributions"] = {name: distribution_to_json(d) for name, d in self._distributions.items()}
+        now["conditions"] = self._conditions
         before = self._study.user_attrs.get("settings")
         if before is None and len(self._study.directions) == len(self._metrics):
             self._study.set_user_attr("settings", now)
@@ -271,8 +275,8 @@ class Study:
         if before is None:  # killed after its first line, a journal says only how many objectives there are
             several = len(self._study.directions) > 1
             before = {"objective": " or ".join(o.name for o in OBJECTIVES.values() if (len(o.metrics) > 1) == several)}
-        else:  # an older release did not know this setting
-            before = {"objective": StudyConfig.objective, **before}
+        else:  # an older release did not know every setting
+            before = {**_of_an_older_release(), **before}
         if changed := [f"{k} was {v}, is now {now.get(k)}" for k, v in before.items() if now.get(k) != v]:
             begun = f"study {self.config.name!r} was begun with other settings ({'; '.join(changed)})"
             raise UserError(f"{begun}; use those to go on with it, or another --name.")
@@ -294,40 +298,10 @@ class Study:
         return trial_id
 
 
-def as_completed(trials: Sequence[FrozenTrial], chance: float) -> list[FrozenTrial]:
-    """The trials, with an estimate in place of the result that a stopped one was not allowed to have.
-
-    Optuna's GP and CMA-ES look at complete trials only: of a search that stops the hopeless ones they would
-    see nothing but successes, and propose the same failures for ever. The estimate: what the trial had
-    reached above chance by its last epoch e grows as that of the trials that went on did (the median
-    factor), but not beyond the best of them. Chance remains chance.
-    """
-    whole = [t for t in trials if t.state == TrialState.COMPLETE and not _diverged(t)]
-    return [_estimated(t, whole, chance) if t.state == TrialState.PRUNED else t for t in trials]
-
-
-def _estimated(trial: FrozenTrial, whole: Sequence[FrozenTrial], chance: float) -> FrozenTrial:
-    epoch = trial.last_step
-    if epoch is None:
-        return trial
-    then_and_now = [(t.intermediate_values.get(epoch, chance) - chance, t.value - chance) for t in whole]
-    factors = [now / then for then, now in then_and_now if then > 0]
-    above = max(0.0, trial.intermediate_values[epoch] - chance)
-    if factors:
-        above = min(above * statistics.median(factors), max(now for _, now in then_and_now))
-    return create_trial(
-        state=TrialState.COMPLETE,
-        value=chance + above,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs=trial.user_attrs,
-        system_attrs=trial.system_attrs,
-        intermediate_values=trial.intermediate_values,
-    )
-
-
-def _diverged(trial: FrozenTrial) -> bool:
-    return bool(trial.state == TrialState.COMPLETE) and trial.user_attrs.get("status") == "diverged"
+def _of_an_older_release() -> dict[str, Any]:
+    """What a setting was before it was one."""
+    usual = StudyConfig(name="", rule="", arch="", dataset="").to_dict()
+    return {**{key: value for key, value in usual.items() if key not in MAY_CHANGE}, "conditions": {}}
 
 
 def _check_name(storage: JournalStorage, name: str, folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bench.cells import NOTHING, difference, spread
 from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig
 from bench.front import pareto_front
 from bench.rows import Row
-from bench.statistics import Estimate, estimate, paired_difference, verdict
+from bench.statistics import estimate, versus
 
 #: How B is updated, and what is not worth a word in a table.
 UPDATES = {
@@ -36,6 +37,11 @@ def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
+def same_setting(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs have one rule, and the same coefficients and update of B, on whatever network."""
+    return all(row["config"][name] == other["config"][name] for name in ("rule", "coefficients", *UPDATES))
+
+
 def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
     """One configuration over its seeds: estimates of each metric, and its paired difference to the reference.
 
@@ -56,7 +62,7 @@ def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
         values = [row["metrics"][name] for row in measured if name in row["metrics"]]
         found[name] = estimate(values).to_dict() if values else None
     for name in COMPARED:
-        found[f"{name}_versus_{REFERENCE}"] = _versus(_by_seed(measured, name), _by_seed(reference, name))
+        found[f"{name}_versus_{REFERENCE}"] = versus(by_seed(measured, name), by_seed(reference, name))
     return found
 
 
@@ -153,42 +159,26 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     lost = [f"{found[name]} {name}" for name in ("diverged", "failed") if found[name]]
     return (
         found["rule"],
-        ", ".join(coefficients) or "–",
-        _spread(found["val_acc"], 100),
-        _spread(found["test_acc"], 100),
+        ", ".join(coefficients) or NOTHING,
+        spread(found["val_acc"], 100),
+        spread(found["test_acc"], 100),
         ", ".join([str(len(found["seeds"])), *lost]),
-        _spread(found["angle"], 1),
-        _spread(found["train_seconds"], 1),
+        spread(found["angle"], 1),
+        spread(found["train_seconds"], 1),
         _versus_cell(found, "test_acc"),
     )
 
 
 def _area_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
-    return _spread(found["val_area"], 100), _spread(found["test_area"], 100), _versus_cell(found, "test_area")
+    return spread(found["val_area"], 100), spread(found["test_area"], 100), _versus_cell(found, "test_area")
 
 
 def _versus_cell(found: Mapping[str, Any], name: str) -> str:
-    versus = found[f"{name}_versus_{REFERENCE}"]
-    return "–" if versus is None or found["rule"] == REFERENCE else _difference(versus, len(found["seeds"]))
+    return (
+        NOTHING if found["rule"] == REFERENCE else difference(found[f"{name}_versus_{REFERENCE}"], len(found["seeds"]))
+    )
 
 
-def _spread(value: Mapping[str, Any] | None, scale: float) -> str:
-    if value is None:
-        return "–"
-    sd = "" if value["sd"] is None else f" ± {value['sd'] * scale:.2f}"
-    return f"{value['mean'] * scale:.2f}{sd}"
-
-
-def _difference(value: Mapping[str, Any], n: int) -> str:
-    interval = "" if value["low"] is None else f" [{value['low'] * 100:+.2f}, {value['high'] * 100:+.2f}]"
-    pairs = "" if value["n"] == n else f" (n {value['n']})"
-    return f"{value['mean'] * 100:+.2f}{interval} {value['verdict']}{pairs}"
-
-
-def _by_seed(rows: Iterable[Row], metric: str) -> dict[int, float]:
+def by_seed(rows: Iterable[Row], metric: str) -> dict[int, float]:
+    """One metric of the runs that have it, by seed."""
     return {row["config"]["seed"]: row["metrics"][metric] for row in rows if metric in row["metrics"]}
-
-
-def _versus(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] | None:
-    difference: Estimate | None = paired_difference(ours, theirs)
-    return None if difference is None else {**difference.to_dict(), "verdict": verdict(difference)}

@@ -225,6 +225,8 @@ class Tracker:
             through = " through B" if evaluation.get("gradient") == "feedback" else ""
             what = f"{site}{through} {level:g}" if evaluation or level else "training"
             own = f"{config.rule} {what} seed {config.seed}"
+        elif kind == "transfer":
+            own = f"{config.rule} on {config.arch} seed {config.seed} {uid[-6:]}"
         elif kind in ("confirm", "control"):
             own = f"{kind} {config.rule} seed {config.seed}"
         else:

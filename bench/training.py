@@ -18,6 +18,7 @@ from bench.datasets import ImageData, load
 from bench.learning.convert import Conversion, convert
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.rules import Rule, parse_rule
+from bench.learning.scaling import check_scaling
 from bench.models import build, required_image_size, resolve_stem
 from bench.noise import ADDED_UP, UpdateNoise
 
@@ -73,7 +74,14 @@ def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "
     data.steps("train", config.batch_size)
     stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
     model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
-    conversion = convert(model, rule, coefficients, seed=config.seed + 2**31)  # not the stream that drew W
+    conversion = convert(
+        model,
+        rule,
+        coefficients,
+        scaling=config.scaling,
+        centered=config.centered,
+        seed=config.seed + 2**31,  # not the stream that drew W
+    )
     model.to(where)
     if where.type == "cuda":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,6 +108,7 @@ def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
     as is a B that learns in other steps than W.
     """
     coefficients = dict(config.coefficients)
+    check_scaling(rule, config.scaling, config.centered)
     alternates = config.feedback_every != 1 or config.feedback_warmup_epochs != 0
     if alternates and (not rule.learns or rule.task_gradient):
         raise UserError(

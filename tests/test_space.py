@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
@@ -15,9 +15,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import bench
-from bench.config import PRIMITIVE_NAMES, StudyConfig, TrialConfig, UserError
+from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, StudyConfig, TrialConfig, UserError
 from bench.files import read_yaml, write_yaml
-from bench.learning.rules import RULES, parse_rule
+from bench.learning.rules import RULES, parse_rule, subsets
 from bench.models import check_arch
 from bench.space import (
     PARAMETERS,
@@ -34,11 +34,12 @@ from bench.space import (
 from bench.trial import run_trial
 
 REPOSITORY = Path(__file__).parents[1]
-#: Each file, for any network and for each that it has a section for.
+#: Each file, for any network and for each that it has a section for, in each scaling.
 CASES = [
-    (name, arch)
+    (name, arch, scaling)
     for name in space_names()
     for arch in ("any", *read_yaml(space_folder() / f"{name}.yaml").get("arch", {}))
+    for scaling in get_args(Scaling)
 ]
 
 ENTRY = "{min: 1e-5, max: 1e-2, scale: log, source: here}"
@@ -151,9 +152,9 @@ def test_every_rule_with_something_to_search_has_a_file() -> None:
     assert set(space_names()) == {name for name, rule in RULES.items() if rule.learns}
 
 
-@pytest.mark.parametrize(("rule", "arch"), CASES)
-def test_every_file_holds_at_its_corners(rule: str, arch: str) -> None:
-    space = load_space(rule, arch)
+@pytest.mark.parametrize(("rule", "arch", "scaling"), CASES)
+def test_every_file_holds_at_its_corners(rule: str, arch: str, scaling: Scaling) -> None:
+    space = load_space(rule, arch, scaling=scaling)
     assert space.searched
     row = parse_rule(rule)
     for params in space.corners():
@@ -171,7 +172,7 @@ def test_every_file_runs_at_its_corners(rule: str) -> None:
         assert 0 <= result.metrics["val_acc"] <= 1
 
 
-@pytest.mark.parametrize("arch", sorted({arch for _, arch in CASES} - {"any"}))
+@pytest.mark.parametrize("arch", sorted({arch for _, arch, _ in CASES} - {"any"}))
 def test_every_section_is_of_a_network_that_exists(arch: str) -> None:
     check_arch(arch)
 
@@ -245,6 +246,88 @@ def test_the_folder_is_found_in_a_checkout_and_in_an_installed_package(tmp_path:
         check=True,
     )
     assert done.stdout.decode().strip() == f"('sparse',) {package / 'search_spaces'}"
+
+
+# --- scalings --------------------------------------------------------------------------------------------
+
+#: 1.36 / lr is the limit of stability of a normalized coefficient, with Nesterov momentum 0.9.
+LIMIT = 1.36 / 0.1
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "lenet", "any"])
+@pytest.mark.parametrize("rule", [row.name for row in subsets()])
+def test_every_subset_has_a_normalized_space_that_is_stable_and_the_same_for_all_networks(rule: str, arch: str) -> None:
+    space = load_space(rule, arch, scaling="normalized")
+    row = parse_rule(rule)
+    assert set(space.params) == set(row.primitives)
+    assert space == load_space(rule, "resnet18", scaling="normalized")
+    for name in set(row.primitives) & set(ACTIVITY_PRIMITIVES):
+        found = space.params[name]
+        assert isinstance(found, Range)
+        assert 1e-2 <= found.min <= 0.1
+        assert 5 < found.max < LIMIT
+    if not row.sees_activity:
+        assert space == load_space(rule, arch)
+
+
+SPARSE = f"rule: sparse\nsource: here\nspace:\n  sparse: {ENTRY}\n  feedback_every: {{value: 1, source: here}}\n"
+LENET = "arch:\n  lenet:\n    sparse: {value: 2, source: here}\n    feedback_every: {value: 4, source: here}\n"
+NORMALIZED = "scaling:\n  normalized:\n    sparse: {value: 3, source: here}\n"
+
+
+def test_a_normalized_coefficient_goes_before_the_networks_own_and_leaves_it_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "sparse.yaml").write_text(SPARSE + LENET + NORMALIZED)
+
+    def values(arch: str, **scaling: Any) -> list[tuple[float, ...]]:
+        return [p.values() for p in load_space("sparse", arch, tmp_path, **scaling).params.values()]
+
+    assert values("resnet18") == values("resnet18", scaling="reference") == [(1e-5, 1e-2), (1,)]
+    assert values("lenet") == [(2,), (4,)]
+    assert values("resnet18", scaling="normalized") == [(3,), (1,)]
+    assert values("lenet", scaling="normalized") == [(3,), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (NORMALIZED.replace("normalized", "normalised"), "unknown scaling 'normalised'. Did you mean 'normalized'?"),
+        (NORMALIZED.replace("normalized", "reference"), "unknown scaling 'reference'."),
+        (NORMALIZED.replace("sparse", "null"), "scaling.normalized.null has no effect on rule 'sparse'; remove it."),
+        (NORMALIZED.replace("sparse", "sparce"), "scaling.normalized.sparce: unknown parameter 'sparce'."),
+        (NORMALIZED.replace(", source: here", ""), "scaling.normalized.sparse needs a source"),
+        (NORMALIZED.replace("sparse", "feedback_every"), "scaling.normalized lacks sparse; add {min, max,"),
+        (NORMALIZED.replace("value: 3", "value: -3"), "scaling.normalized.sparse: coefficients.sparse = -3.0"),
+        ("scaling: [normalized]\n", "scaling must map names of scalings to parameters"),
+        ("scaling: {normalized: [sparse]}\n", "scaling.normalized must map parameters to"),
+    ],
+)
+@pytest.mark.parametrize("scaling", ["reference", "normalized"])
+def test_a_wrong_section_is_refused_whatever_is_asked_for(
+    tmp_path: Path, text: str, words: str, scaling: Scaling
+) -> None:
+    path = tmp_path / "sparse.yaml"
+    path.write_text(SPARSE + text)
+    with pytest.raises(UserError) as caught:
+        load_space("sparse", "resnet18", tmp_path, scaling=scaling)
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith(str(path))
+    assert "\n" not in message
+
+
+def test_a_scaling_without_ranges_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "sparse.yaml").write_text(SPARSE)
+    assert load_space("sparse", "resnet18", tmp_path).searched == ("sparse",)
+    with pytest.raises(UserError, match=r"no ranges for scaling 'normalized'; add a section scaling\.normalized\."):
+        load_space("sparse", "resnet18", tmp_path, scaling="normalized")
+    with pytest.raises(UserError, match=r"unknown scaling 'normal'\. Did you mean 'normalized'\?"):
+        load_space("sparse", "resnet18", tmp_path, scaling="normal")
+
+
+def test_a_rule_that_sees_no_activity_has_no_such_section(tmp_path: Path) -> None:
+    (tmp_path / "symmetric.yaml").write_text(GOOD + f"scaling:\n  normalized:\n    decay: {ENTRY}\n")
+    with pytest.raises(UserError, match=r"scaling\.normalized has no effect on rule 'symmetric'; remove it"):
+        load_space("symmetric", "resnet18", tmp_path)
 
 
 # --- what is refused -------------------------------------------------------------------------------------

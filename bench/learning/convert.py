@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bench.config import UserError
+from bench.config import Scaling, UserError
 from bench.learning.layers import AsymmetricLayer, asymmetric_from, check_coefficients, conv_maps
 from bench.learning.rules import Rule, parse_rule
+from bench.learning.scaling import check_scaling
 
 _CANDIDATES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 
@@ -29,7 +30,13 @@ class Conversion:
 
 
 def convert(
-    model: nn.Module, rule: Rule | str, coefficients: Mapping[str, float] | None = None, *, seed: int = 0
+    model: nn.Module,
+    rule: Rule | str,
+    coefficients: Mapping[str, float] | None = None,
+    *,
+    scaling: Scaling = "reference",
+    centered: bool = False,
+    seed: int = 0,
 ) -> Conversion:
     """Replace, in place, every Conv2d and Linear of exactly that type by its asymmetric layer.
 
@@ -37,10 +44,13 @@ def convert(
     several places stays one module, and B is drawn from ``seed``: W's entries in random order. ``backprop``
     swaps nothing, because its B is W; ``frozen`` stops all parameters but those of the last layer.
 
-    UserError if the rule and the coefficients do not fit, or if nothing could be swapped.
+    ``scaling``, ``centered``: what B's gradient sees of the layers' activity (`bench.learning.scaling`).
+
+    UserError if the rule and the rest do not fit, or if nothing could be swapped.
     """
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     coefficients = check_coefficients(rule, coefficients or {})
+    check_scaling(rule, scaling, centered)
     report = Conversion(rule)
     if rule.feedback == "weight":
         _keep_all(model, report)
@@ -60,7 +70,7 @@ def convert(
                 continue
             if child not in made:
                 assert isinstance(child, (nn.Linear, nn.Conv2d))
-                made[child] = asymmetric_from(child, rule, coefficients, generator)
+                made[child] = asymmetric_from(child, rule, coefficients, generator, scaling=scaling, centered=centered)
             setattr(parent, child_name, made[child])
             report.swapped.append(name)
     for name, module in model.named_modules():

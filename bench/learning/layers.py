@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bench.config import UserError
+from bench.config import Scaling, UserError
 from bench.learning.ops import ConvMaps, LinearMaps, Maps
 from bench.learning.primitives import activity_gradient, needs_z, sees_batch
 from bench.learning.rules import Rule
+from bench.learning.scaling import centered as without_mean
+from bench.learning.scaling import check_scaling
 
 
 class Switch:
@@ -43,11 +45,19 @@ class FeedbackState:
     a saliency map) is no training. Until then what it brought is ``fresh``; ``begun`` says that it has come by,
     ``first`` that it found no gradient in W, ``last_pass`` which one it was. ``stepped``: none came since the last
     step. ``sends``: whether anybody needed dx, as far as is known. ``exact``: send the true gradient. ``switch``:
-    None until a learner takes the layer, and in a copy of the network.
+    None until a learner takes the layer, and in a copy of the network. ``scaling``, ``centered``: what the primitives
+    see of the activity (`bench.learning.scaling`).
     """
 
-    def __init__(self, rule: Rule, coefficients: Mapping[str, float]) -> None:
-        self.rule = rule
+    def __init__(
+        self,
+        rule: Rule,
+        coefficients: Mapping[str, float],
+        scaling: Scaling = "reference",
+        centered: bool = False,
+    ) -> None:
+        check_scaling(rule, scaling, centered)
+        self.rule, self.scaling, self.centered = rule, scaling, centered
         self.coefficients = check_coefficients(rule, coefficients)
         self.exact = False
         self.switch: Switch | None = None
@@ -82,7 +92,8 @@ class FeedbackState:
         self.drop_fresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeedbackState:
-        return FeedbackState(self.rule, self.coefficients)  # a copy's B is in no optimizer
+        # a copy's B is in no optimizer
+        return FeedbackState(self.rule, self.coefficients, self.scaling, self.centered)
 
 
 def check_coefficients(rule: Rule, coefficients: Mapping[str, float]) -> dict[str, float]:
@@ -158,7 +169,10 @@ def _collect(ctx: Any, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> 
                 "reaches it. Use bfloat16."
             )
         z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
-        grad = activity_gradient(layer.maps, state.coefficients, x, z, B)
+        if state.centered:
+            x, z = without_mean(layer.maps, x, z, W)
+        normalized = state.scaling == "normalized"
+        grad = activity_gradient(layer.maps, state.coefficients, x, z, B, normalized=normalized)
         # in B's own layout: a fused optimizer reads memory as it lies
         same = grad.dtype == W.dtype and grad.stride() == W.stride()
         state.add(grad if same else torch.empty_like(W).copy_(grad))
@@ -205,14 +219,12 @@ class AsymmetricLayer(nn.Module):
     state: FeedbackState
     maps: Maps
 
-    def _equip(
-        self, maps: Maps, rule: Rule, coefficients: Mapping[str, float], generator: torch.Generator | None
-    ) -> None:
+    def _equip(self, maps: Maps, state: FeedbackState, generator: torch.Generator | None) -> None:
+        rule = state.rule
         if rule.feedback == "weight":
             raise UserError(f"rule {rule.name!r} needs no asymmetric layer: its B is W. Use the plain layer.")
         W = self.weight.detach()
-        self.maps = maps
-        self.state = FeedbackState(rule, coefficients)
+        self.maps, self.state = maps, state
         if rule.feedback == "sign":
             self.register_parameter("feedback", None)
             self.register_buffer("feedback_scale", W.std(correction=0))
@@ -250,12 +262,14 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
         *,
         rule: Rule,
         coefficients: Mapping[str, float] | None = None,
+        scaling: Scaling = "reference",
+        centered: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._equip(LinearMaps(), rule, coefficients or {}, generator)
+        self._equip(LinearMaps(), FeedbackState(rule, coefficients or {}, scaling, centered), generator)
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x·Wᵀ + b; an input (in,) without a batch is a batch of one."""
@@ -282,6 +296,8 @@ class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
         *,
         rule: Rule,
         coefficients: Mapping[str, float] | None = None,
+        scaling: Scaling = "reference",
+        centered: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -300,7 +316,7 @@ class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        self._equip(conv_maps(self), rule, coefficients or {}, generator)
+        self._equip(conv_maps(self), FeedbackState(rule, coefficients or {}, scaling, centered), generator)
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution; an input (in, h, w) without a batch is a batch of one."""
@@ -325,7 +341,13 @@ def conv_maps(layer: nn.Conv2d) -> ConvMaps:
 
 
 def asymmetric_from(
-    layer: nn.Linear | nn.Conv2d, rule: Rule, coefficients: Mapping[str, float], generator: torch.Generator | None
+    layer: nn.Linear | nn.Conv2d,
+    rule: Rule,
+    coefficients: Mapping[str, float],
+    generator: torch.Generator | None,
+    *,
+    scaling: Scaling = "reference",
+    centered: bool = False,
 ) -> AsymmetricLinear | AsymmetricConv2d:
     """The asymmetric layer that can take this one's place, with the same parameter objects."""
     kind: type[AsymmetricLinear | AsymmetricConv2d]
@@ -335,7 +357,7 @@ def asymmetric_from(
     new = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)
     new.__dict__.update(_parameters=dict(layer._parameters), _buffers=dict(layer._buffers))
-    new._equip(maps, rule, coefficients, generator)
+    new._equip(maps, FeedbackState(rule, coefficients, scaling, centered), generator)
     return new
 
 

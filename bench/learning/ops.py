@@ -18,11 +18,15 @@ delta   dJ/dz, arriving from above                 as z                  as z
 ``kernel_grad(x, z, K)`` is the gradient of ⟨z, forward(x, K)⟩ with respect to K, summed over the batch
 and over positions, shaped like K (whose values are not read). The map is bilinear: a factor may stand on
 either side. ``backward`` does the work of a layer's backward pass in one call.
+
+``forward_energy`` and ``transpose_energy`` say how much a map reads: the mean squared norm of its patches, which is
+the trace of their second moments. They cost one elementwise pass and no convolution.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -47,6 +51,25 @@ class Maps(Protocol):
 
     def channelwise(self, bias: Tensor) -> Tensor:
         """The bias, shaped so that it broadcasts against z."""
+        ...
+
+    def channel_mean(self, x: Tensor) -> Tensor:
+        """The mean of x over the batch and over positions, shaped so that it broadcasts against x; x's dtype."""
+        ...
+
+    def forward_energy(self, x: Tensor, K: Tensor) -> Tensor:
+        """(1/n)·(1/groups)·Σ ‖p‖² over the patches p of x that ``forward`` reads: all examples, positions, groups.
+
+        With C the sum over positions of the mean of p·pᵀ, this is trace(C), for several groups the mean of their
+        traces. K's values are not read. A number (0-dim, float32 or wider) on x's device; nobody waits for it.
+        """
+        ...
+
+    def transpose_energy(self, z: Tensor, K: Tensor, x: Tensor) -> Tensor:
+        """(1/n)·(1/groups)·Σ ‖q‖² over the patches q of z that ``transpose`` reads, one for each position of x.
+
+        As `forward_energy`; of x and K only the shapes count. Padding is no position of x.
+        """
         ...
 
 
@@ -74,6 +97,16 @@ class LinearMaps:
 
     def channelwise(self, bias: Tensor) -> Tensor:
         return bias
+
+    def channel_mean(self, x: Tensor) -> Tensor:
+        return _mean(x, tuple(range(x.dim() - 1)))
+
+    def forward_energy(self, x: Tensor, K: Tensor) -> Tensor:  # noqa: ARG002
+        total: Tensor = torch.linalg.vector_norm(x, dtype=_wide(x)).square()
+        return total / x.shape[0]
+
+    def transpose_energy(self, z: Tensor, K: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        return self.forward_energy(z, K)
 
 
 @dataclass(frozen=True)
@@ -125,3 +158,56 @@ class ConvMaps:
 
     def channelwise(self, bias: Tensor) -> Tensor:
         return bias.view(-1, 1, 1)
+
+    def channel_mean(self, x: Tensor) -> Tensor:
+        return _mean(x, (0, 2, 3))
+
+    def forward_energy(self, x: Tensor, K: Tensor) -> Tensor:
+        (reads_h, _), (reads_w, _) = self._counts(x, K)
+        return reads_h @ _pixel_energies(x) @ reads_w / (x.shape[0] * self.groups)
+
+    def transpose_energy(self, z: Tensor, K: Tensor, x: Tensor) -> Tensor:
+        (_, lands_h), (_, lands_w) = self._counts(x, K)
+        return lands_h @ _pixel_energies(z) @ lands_w / (x.shape[0] * self.groups)
+
+    def _counts(self, x: Tensor, K: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`_count` for the height and for the width: how often a pixel is in a patch is the product of the two."""
+        layout = zip(x.shape[-2:], K.shape[-2:], self.stride, self.padding, self.dilation, self.extra, strict=True)
+        return [_count(*axis, dtype=_wide(x), device=x.device) for axis in layout]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype to add up in: float32, or x's own if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.mean(dims, keepdim=True, dtype=_wide(x)).to(x.dtype)
+
+
+def _pixel_energies(x: Tensor) -> Tensor:
+    """Σ x² over examples and channels: (n, c, h, w) to (h, w)."""
+    if x.is_cuda:  # one pass, no copy of x
+        norms: Tensor = torch.linalg.vector_norm(x, dim=(0, 1), dtype=_wide(x))
+        return norms.square()
+    return x.square().sum((0, 1), dtype=_wide(x))  # the norm along outer dimensions takes a CPU ten times as long
+
+
+@lru_cache(maxsize=1024)
+def _count(
+    size: int,
+    taps: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    extra: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Along one axis of x: how many windows read each of its positions; how many taps of each window lie inside it."""
+    windows = (size + 2 * padding + extra - dilation * (taps - 1) - 1) // stride + 1
+    at = torch.arange(windows)[:, None] * stride + torch.arange(taps) * dilation - padding
+    inside = (at >= 0) & (at < size)
+    reads, lands = torch.bincount(at[inside], minlength=size), inside.sum(1)
+    return reads.to(device, dtype), lands.to(device, dtype)

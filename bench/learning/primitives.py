@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from bench.learning.ops import Maps
@@ -96,28 +97,53 @@ def sees_batch(coefficients: Mapping[str, float]) -> bool:
     return any(value for name, value in coefficients.items() if PRIMITIVES[name].sees == "batch")
 
 
-def activity_gradient(maps: Maps, coefficients: Mapping[str, float], x: Tensor, z: Tensor | None, B: Tensor) -> Tensor:
+def activity_gradient(
+    maps: Maps,
+    coefficients: Mapping[str, float],
+    x: Tensor,
+    z: Tensor | None,
+    B: Tensor,
+    *,
+    normalized: bool = False,
+) -> Tensor:
     """The gradient of B from amp, sparse and null together, in as few maps as there can be.
 
     kernel_grad is bilinear, so amp rides along with whichever other primitive is there:
     sparse·kernel_grad(x, B·x) − amp·kernel_grad(x, z) = kernel_grad(x, sparse·B·x − amp·z), and
     null·kernel_grad(Bᵀ·z, z) − amp·kernel_grad(x, z) = kernel_grad(null·Bᵀ·z − amp·x, z).
     A coefficient of zero costs nothing. z may be None where `needs_z` says no.
+
+    ``normalized``: amp and sparse are divided by maps.forward_energy(x), null by maps.transpose_energy(z)
+    (`bench.learning.scaling` says why). Where that is zero, so is the gradient.
     """
     amp, sparse, null = (coefficients.get(name, 0.0) / x.shape[0] for name in ("amp", "sparse", "null"))
+    of_x = _positive(maps.forward_energy(x, B)) if normalized and (amp or sparse) else None
+    of_z = _positive(maps.transpose_energy(z, B, x)) if normalized and null and z is not None else None
     total: Tensor | None = None
     if sparse:
         seen = maps.forward(x, B).mul_(sparse)
         if amp and z is not None:
             seen.sub_(z, alpha=amp)
-        total, amp = maps.kernel_grad(x, seen, B), 0.0
+        total, amp = _per(maps.kernel_grad(x, seen, B), of_x), 0.0
     if null and z is not None:
         back = maps.transpose(z, B, x).mul_(null)
-        if amp:
+        if amp and of_x is not None and of_z is not None:
+            back.addcmul_(x, (of_z / of_x).to(x.dtype), value=-amp)  # the whole is divided by of_z
+        elif amp:
             back.sub_(x, alpha=amp)
-        grad = maps.kernel_grad(back, z, B)
+        grad = _per(maps.kernel_grad(back, z, B), of_z)
         total, amp = grad if total is None else total.add_(grad), 0.0
     if amp and z is not None:
-        total = maps.kernel_grad(x, z, B).mul_(-amp)
+        total = _per(maps.kernel_grad(x, z, B).mul_(-amp), of_x)
     assert total is not None, "called without a coefficient that sees the batch"
     return total
+
+
+def _positive(energy: Tensor) -> Tensor:
+    """An energy to divide by: nothing divided by nothing is to be nothing."""
+    return energy.clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def _per(grad: Tensor, energy: Tensor | None) -> Tensor:
+    """The gradient for each unit of energy, if there is one to divide by; in the energy's precision."""
+    return grad if energy is None else grad.to(energy.dtype).div_(energy)

@@ -6,10 +6,12 @@ primitives is a rule too, written ``a+b``: `parse_rule` gives it its canonical n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
-from bench.config import PRIMITIVE_NAMES, UserError, unknown
+from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, UserError, unknown
 
 #: Where B comes from. weight: B is W. fixed: random, for ever. sign: s·sign(W), made anew in every step.
 #: learned: a random initial value, then moved by the primitives.
@@ -36,6 +38,21 @@ class Rule:
     def learns(self) -> bool:
         """Whether B has a gradient of its own."""
         return self.feedback == "learned"
+
+    @property
+    def sees_activity(self) -> bool:
+        """Whether that gradient reads the layers' activity, so that its scaling has an effect."""
+        return any(name in ACTIVITY_PRIMITIVES for name in self.primitives)
+
+    @property
+    def cost_floor(self) -> float:
+        """A training step's convolutions, in those of backprop (3 a layer): what is elementwise counts nothing.
+
+        As `bench.learning.primitives.activity_gradient` does it: sparse is one forward and one kernel_grad, null one
+        transpose and one kernel_grad; amp rides along with either, and is one kernel_grad alone.
+        """
+        maps = 2 * sum(name in self.primitives for name in ("sparse", "null"))
+        return 1 + (maps or ("amp" in self.primitives)) / 3
 
 
 _KUNIN = "Kunin et al. 2020, arXiv 2003.01513"
@@ -94,6 +111,24 @@ RULES: dict[str, Rule] = {row.name: row for row in _ROWS}
 
 #: Named rules that are nothing but a subset of primitives, by that subset.
 _BY_SUBSET = {frozenset(r.primitives): r for r in _ROWS if r.learns and not r.task_gradient}
+
+
+#: Not a rule but all of them: which primitives are on is searched together with their coefficients.
+ANY = "any"
+
+
+def subsets(primitives: Sequence[str] = PRIMITIVE_NAMES) -> tuple[Rule, ...]:
+    """The rules that these primitives make: every non-empty subset, 31 of five; the small ones first.
+
+    UserError for a name that is no primitive, or that stands twice.
+    """
+    for name in primitives:
+        if name not in PRIMITIVE_NAMES:
+            raise unknown("primitive", name, PRIMITIVE_NAMES)
+    if not primitives or len(set(primitives)) < len(primitives):
+        raise UserError(f"primitives {','.join(primitives)}: name one or more, each once.")
+    ordered = [name for name in PRIMITIVE_NAMES if name in primitives]
+    return tuple(parse_rule("+".join(s)) for size in range(1, len(ordered) + 1) for s in combinations(ordered, size))
 
 
 def parse_rule(text: str) -> Rule:

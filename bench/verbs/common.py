@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
-from bench.config import UserError
+from bench.config import Scaling, StudyConfig, UserError, unknown
 from bench.files import parse_scalar
 
 if TYPE_CHECKING:
@@ -72,6 +73,77 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 def add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="PATH", help="where the data set's files are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """The options of searches that must have equal budgets; None is "as in those that exist, else the default"."""
+    default = {name: field.default for name, field in StudyConfig.__dataclass_fields__.items()}
+    for name, metavar, what in (
+        ("trials", "N", "configurations to try in each search"),
+        ("epochs", "E", "epochs of one whole trial"),
+        ("confirm_seeds", "N", "fresh seeds for what is confirmed"),
+        ("seed", "S", "of the searches and their trials"),
+    ):
+        option = f"--{name.replace('_', '-')}"
+        text = f"{what} (else as in the searches that exist, or {default[name]})"
+        parser.add_argument(option, type=int, metavar=metavar, help=text)
+    parser.add_argument("--sampler", metavar="S", help="see `bench list samplers` (else as in those that exist, or gp)")
+    parser.add_argument("--scheduler", metavar="S", help="see `bench list schedulers` (else as in those, or asha)")
+    parser.add_argument("--concurrent", type=int, metavar="K", help="runs at a time (else one per core, or GPU)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
+
+
+def budget_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What the user said of `add_budget`'s options."""
+    names = ("trials", "epochs", "confirm_seeds", "seed", "sampler", "scheduler")
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+
+
+def add_scaling(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """How amp, sparse and null see a layer's activity."""
+    known = ", ".join(get_args(Scaling))
+    text = f"of what amp, sparse and null see: {known}"
+    if several:
+        text += "; several with commas between; all: each of them, centered and not"
+    parser.add_argument("--scaling", default="reference", metavar="S[,S...]" if several else "S", help=text)
+    parser.add_argument("--centered", action="store_true", help="they see it without its mean, channel by channel")
+
+
+def scaling_of(given: argparse.Namespace) -> Scaling:
+    """The one scaling that was named."""
+    if given.scaling not in get_args(Scaling):
+        raise unknown("scaling", given.scaling, get_args(Scaling))
+    scaling: Scaling = given.scaling
+    return scaling
+
+
+def names(option: str, text: str, known: Collection[str] | None = None) -> list[str]:
+    """Names with commas between, each once; of ``known``, if the names are listed."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise UserError(f"--{option} {text!r} names none; leave the option out, or name some.")
+    for name in found:
+        if known is not None and name not in known:
+            raise unknown(option, name, known)
+    return list(dict.fromkeys(found))
+
+
+def conclude(
+    given: argparse.Namespace,
+    outcome: str,
+    summary: dict[str, Any],
+    options: Options,
+    show: Callable[[str, dict[str, Any], Options], None],
+) -> int:
+    """Print what a verb found, as JSON or by ``show``; the exit status."""
+    from bench.present import study_link
+
+    summary["link"] = study_link(summary["mlflow"], options)
+    if given.json:
+        print(json.dumps({"outcome": outcome, **summary}))
+    else:
+        show(outcome, summary, options)
+    return INTERRUPTED if outcome == "interrupted" else 0
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.config import UserError, check_range, unknown
+from bench.config import UserError, check_range
 from bench.verbs.common import (
-    INTERRUPTED,
     add_json,
     add_results,
     add_where,
     check_name,
+    conclude,
     follow,
     is_benchmark,
+    names,
     numbers,
     options_of,
     parse_settings,
@@ -86,9 +85,9 @@ def _robustness(given: argparse.Namespace) -> int:
     changes = check_recipe(parse_settings(given.set)) | ({} if given.epochs is None else {"epochs": given.epochs})
     networks = _networks(given)
     levels = _levels(given)
-    gradients: Any = tuple(_names(given.gradient, GRADIENTS, "gradient"))
+    gradients: Any = tuple(names("gradient", given.gradient, GRADIENTS))
     rules = rules_of(
-        _names(given.rule, None, "rule"),
+        names("rule", given.rule) if given.rule else [],
         arch=given.arch,
         dataset=given.dataset,
         changes=changes,
@@ -112,7 +111,7 @@ def _robustness(given: argparse.Namespace) -> int:
     )
     ready = prepare_measurement(config, options, networks)
     writable(given.results)
-    return _run(ready, json_wanted=given.json, keep_networks=given.keep_networks)
+    return _run(ready, given)
 
 
 def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:
@@ -148,9 +147,9 @@ def _levels(given: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     from bench.evaluators.adversarial import ATTACKS
     from bench.noise import SITES
 
-    attacks = [] if given.attack is None else _names(given.attack, ATTACKS, "attack")
+    attacks = [] if given.attack is None else names("attack", given.attack, ATTACKS)
     all_sites = [] if attacks else list(SITES)
-    sites = all_sites if given.site is None else _names(given.site, SITES, "site")
+    sites = all_sites if given.site is None else names("site", given.site, SITES)
     if given.keep_networks and {*sites, *attacks} == {"update"}:
         raise UserError("--keep-networks has no effect with site update alone: no network is measured after training.")
     if given.checkpoint and "update" in sites:
@@ -169,17 +168,6 @@ def _levels(given: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     return levels
 
 
-def _names(text: str, known: Collection[str] | None, what: str) -> list[str]:
-    """Names with commas between, each once; of ``known``, if the names are listed."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names and known is not None:
-        raise UserError(f"--{what} {text!r} names none; leave the option out, or name some.")
-    for name in names:
-        if known is not None and name not in known:
-            raise unknown(what, name, known)
-    return list(dict.fromkeys(names))
-
-
 def _best(results: Path, study: str) -> Path:
     """The configuration that a search found."""
     path = results / study / "best.yaml"
@@ -188,15 +176,10 @@ def _best(results: Path, study: str) -> Path:
     return path
 
 
-def _run(ready: Ready, *, json_wanted: bool, keep_networks: bool) -> int:
-    from bench.present import print_robustness, study_link
+def _run(ready: Ready, given: argparse.Namespace) -> int:
+    from bench.present import print_robustness
     from bench.robustness import measure
 
-    log = ready.folder / "ray.log"
-    outcome, summary = follow(log, lambda say, watch: measure(ready, say=say, watch=watch, keep_networks=keep_networks))
-    summary["link"] = study_link(summary["mlflow"], ready.place.options)
-    if json_wanted:
-        print(json.dumps({"outcome": outcome, **summary}))
-    else:
-        print_robustness(outcome, summary, ready.place.options)
-    return INTERRUPTED if outcome == "interrupted" else 0
+    log, keep = ready.folder / "ray.log", given.keep_networks
+    outcome, summary = follow(log, lambda say, watch: measure(ready, say=say, watch=watch, keep_networks=keep))
+    return conclude(given, outcome, summary, ready.place.options, print_robustness)

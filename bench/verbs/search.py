@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from bench.config import Objective, StudyConfig, TrialConfig, UserError, check_range, study_name, unknown
 from bench.verbs.common import (
-    INTERRUPTED,
     add_json,
     add_results,
+    add_scaling,
     add_where,
     check_name,
+    conclude,
     follow,
     options_of,
     parse_settings,
+    scaling_of,
     sigmas,
     verb,
     writable,
 )
-
-if TYPE_CHECKING:
-    from bench.campaign import Ready
 
 OBJECTIVE_NAMES = get_args(Objective)
 
@@ -31,7 +29,7 @@ OBJECTIVE_NAMES = get_args(Objective)
 def add(verbs: Any) -> None:
     default = {name: field.default for name, field in StudyConfig.__dataclass_fields__.items()}
     p = verb(verbs, "search", _search, "search a rule's coefficients, then confirm the best beside its controls")
-    p.add_argument("--rule", required=True, metavar="R", help="a name from `bench list rules`, or primitives as a+b")
+    p.add_argument("--rule", required=True, metavar="R", help="from `bench list rules`; primitives as a+b; any: which")
     p.add_argument("--arch", default="resnet18", metavar="A", help="a name from `bench list networks`")
     p.add_argument("--dataset", default="digits", metavar="D", help="a name from `bench list datasets`")
     p.add_argument("--trials", type=int, default=default["trials"], metavar="N", help="configurations to try")
@@ -41,12 +39,14 @@ def add(verbs: Any) -> None:
     p.add_argument("--site", metavar="S", help="of the noise for robustness: update, weight, activation, input")
     p.add_argument("--sigma", metavar="X,X...", help="levels of that noise (else the site's own)")
     p.add_argument("--draws", type=int, default=1, metavar="K", help="of that noise, averaged")
-    p.add_argument("--sampler", default=default["sampler"], help="see `bench list samplers`")
+    p.add_argument("--sampler", help=f"see `bench list samplers` (else {default['sampler']}; for --rule any: tpe)")
     p.add_argument("--scheduler", help=f"see `bench list schedulers` (else {default['scheduler']}; for both: none)")
     p.add_argument("--confirm-seeds", type=int, default=default["confirm_seeds"], metavar="N", help="fresh seeds each")
     p.add_argument("--confirm-top", type=int, metavar="N", help="configurations to confirm (else 1; of a front: 5)")
     p.add_argument("--seed", type=int, default=default["seed"], metavar="S", help="of the search and its trials")
+    p.add_argument("--warm-from", metavar="STUDY", help="try the best configurations of that search first")
     p.add_argument("--name", metavar="STUDY", help="of the study (else RULE-ARCH-DATASET)")
+    add_scaling(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
     add_where(p)
     add_results(p)
@@ -54,29 +54,40 @@ def add(verbs: Any) -> None:
 
 
 def _search(given: argparse.Namespace) -> int:
-    from bench.learning.rules import parse_rule
+    from bench.learning.rules import ANY, parse_rule
+    from bench.matrix import beside
     from bench.models import check_arch
+    from bench.plans import Variant
+    from bench.present import print_search
     from bench.recipes import check_recipe, recipe_of
-    from bench.search import check
+    from bench.search import check, search
     from bench.space import load_space
+    from bench.warm import saved, warm_trials
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
-    rule = parse_rule(given.rule).name
+    rule = ANY if given.rule == ANY else parse_rule(given.rule).name
     changes = check_recipe(parse_settings(given.set))
     check_arch(given.arch)
-    recipe = {**recipe_of(given.dataset, given.arch), **changes}
+    variant = Variant(scaling=scaling_of(given), centered=given.centered)
+    if rule != ANY and variant.recipe() and not parse_rule(rule).sees_activity:
+        raise UserError(
+            f"--scaling and --centered have no effect on rule {rule!r}, which sees no activity: remove them."
+        )
+    recipe = {**recipe_of(given.dataset, given.arch), **changes, **variant.recipe()}
     recipe |= _noise(given, recipe)
     both = given.objective == "both"
-    space = load_space(rule, given.arch)
+    space = load_space(rule, given.arch, scaling=variant.scaling)
+    name = study_name(rule, given.arch, given.dataset, scaling=variant.scaling, centered=variant.centered)
+    name += "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
     config = StudyConfig(
-        name=check_name(given.name or _name(given, rule)),
+        name=check_name(given.name or (f"{name}-warm" if given.warm_from else name)),
         rule=rule,
         arch=given.arch,
         dataset=given.dataset,
         trials=given.trials,
         epochs=given.epochs,
         seed=given.seed,
-        sampler=given.sampler,
+        sampler=given.sampler or ("tpe" if rule == ANY else StudyConfig.sampler),
         scheduler=given.scheduler or ("none" if both else StudyConfig.scheduler),
         objective=given.objective,
         confirm_top=given.confirm_top if given.confirm_top is not None else (5 if both else StudyConfig.confirm_top),
@@ -84,15 +95,16 @@ def _search(given: argparse.Namespace) -> int:
         recipe=recipe,
         space=space.to_dict(),
     )
+    if given.warm_from:
+        warm = warm_trials(given.results, given.warm_from, config, space)
+        config = config.replace(warm_from=given.warm_from, warm=warm)
     ready = check(config, space, options_of(given))
     writable(given.results)
-    return _run_search(ready, json_wanted=given.json)
-
-
-def _name(given: argparse.Namespace, rule: str) -> str:
-    """What the study is about."""
-    what = "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
-    return study_name(rule, given.arch, given.dataset) + what
+    log = ready.folder / "ray.log"
+    outcome, summary = follow(log, lambda say, watch: search(ready, say=say, watch=watch))
+    summary["warm"] = saved(given.results, config, name) if given.warm_from else None
+    summary["matrix"] = beside(ready, variant) if rule == ANY else None
+    return conclude(given, outcome, summary, ready.place.options, print_search)
 
 
 def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,17 +132,3 @@ def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, An
         what = {"rule": "backprop", "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
         levels = default_levels(given.site, TrialConfig.from_dict({**recipe, **what}), options_of(given))
     return {"noise_site": given.site, "noise_levels": list(levels), "noise_draws": given.draws}
-
-
-def _run_search(ready: Ready, *, json_wanted: bool) -> int:
-    from bench.present import print_search, study_link
-    from bench.search import search
-
-    log = ready.folder / "ray.log"
-    outcome, summary = follow(log, lambda say, watch: search(ready, say=say, watch=watch))
-    summary["link"] = study_link(summary["mlflow"], ready.place.options)
-    if json_wanted:
-        print(json.dumps({"outcome": outcome, **summary}))
-    else:
-        print_search(outcome, summary, ready.place.options)
-    return INTERRUPTED if outcome == "interrupted" else 0

@@ -1,0 +1,264 @@
+"""`bench matrix`: every subset of the primitives, searched with equal budgets, beside its controls.
+
+Each subset is a search like any other (`bench.plans`, `bench.programme`): what exists is reused, and the searches may
+be run in any order, and by several processes that share a folder. What comes of it is said in `bench.matrix_summary`,
+from the rows that the searches left, whoever ran them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.campaign import CONTROLS, Ready, confirm_seeds, control_uid, trial_config
+from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig
+from bench.files import read_yaml
+from bench.learning.primitives import PRIMITIVES
+from bench.learning.rules import ANY, parse_rule, subsets
+from bench.matrix_summary import Cell, summarize_matrix
+from bench.pace import seconds_per_epoch
+from bench.place import Options, Place
+from bench.plans import Variant, Wanted, find_study, plan
+from bench.programme import Programme, Say, conclude, recorded
+from bench.rows import Row, RowFile
+from bench.runs import Outcome, carry_out
+from bench.space import Space
+from bench.summary import same_setting
+
+BOOK = "matrix.yaml"
+
+#: The rules that the subsets stand beside; of these, `bench.campaign.CONTROLS` run beside every search anyway.
+BESIDE = ("backprop", "feedback", "kolen-pollack", "sign", "frozen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixConfig(Strict):
+    """Which subsets, on which networks. ``any``: also one search over subset and coefficients together."""
+
+    name: str
+    archs: tuple[str, ...]
+    dataset: str
+    primitives: tuple[str, ...] = PRIMITIVE_NAMES
+    scaling: str = "reference"
+    any: bool = False
+
+    def __post_init__(self) -> None:
+        self._settle()
+        subsets(self.primitives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A matrix of which nothing can be refused any more, as far as one can know before it begins.
+
+    ``searches``: all of it; ``run``: what this start is to run.
+    """
+
+    config: MatrixConfig
+    searches: Mapping[Wanted, Ready]
+    run: Sequence[Wanted]
+
+    @property
+    def place(self) -> Place:
+        """Of its first search."""
+        return next(iter(self.searches.values())).place
+
+
+def prepare_matrix(
+    config: MatrixConfig,
+    variant: Variant,
+    *,
+    only: Sequence[str],
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    options: Options,
+) -> Prepared:
+    """Find the searches, or plan them; ``given`` and ``changes`` as in `bench.plans.plan`, with its errors.
+
+    ``only``: canonical names of the rules to run, a part of the matrix; empty: all.
+    """
+    rules = [rule.name for rule in subsets(config.primitives)]
+    beside = [name for name in BESIDE if name not in CONTROLS]
+    wanted = [Wanted.of(rule, arch, config.dataset, variant) for arch in config.archs for rule in (*rules, *beside)]
+    searches = plan(wanted, given=given, changes=changes, options=options)
+    if config.any:
+        trials = len(rules) * next(iter(searches.values())).config.trials
+        whole = [Wanted.of(ANY, arch, config.dataset, variant) for arch in config.archs]
+        searches |= plan(whole, given={**given, "trials": trials}, changes=changes, options=options)
+    run = [w for w in searches if not only or w.rule in only]
+    return Prepared(config=config, searches=searches, run=run)
+
+
+def matrix(
+    prepared: Prepared,
+    *,
+    say: Say,
+    watch: Callable[[Programme], Callable[[], None]] | None = None,
+    trial: str = "bench.trial:run_trial",
+) -> tuple[Outcome, dict[str, Any]]:
+    """Run the matrix to its end, or go on with it; the summary of what is known by then."""
+    config, place = prepared.config, prepared.place
+    folder = place.options.results / config.name
+    tags = {"bench.archs": ",".join(config.archs), "bench.primitives": ",".join(config.primitives)}
+    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
+        with Programme(config.name, [prepared.searches[w] for w in prepared.run], say=say) as programme:
+            outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
+            programme.end(outcome)
+        known = Known(prepared)
+        for row in known.confirmed():
+            tracker.record(row["uid"], row["kind"], row)
+        summary = {**known.summary(), "busy": programme.busy}
+        return outcome, conclude(tracker, folder, BOOK, summary, headline(summary), outcome)
+
+
+class Known:
+    """What the rows of a matrix's searches say by now, whoever ran them."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._rows = {w: read(ready) for w, ready in prepared.searches.items()}
+        self._controls = {arch: _controls(prepared, arch) for arch in prepared.config.archs}
+
+    def confirmed(self) -> list[Row]:
+        """All confirmed rows, and the controls."""
+        rows = [row for rows in self._rows.values() for row in rows if row["kind"] == "confirm"]
+        return rows + [row for rows in self._controls.values() for row in rows]
+
+    def summary(self) -> dict[str, Any]:
+        """`bench.matrix_summary` of each network, and the budget."""
+        config = self._prepared.config
+        budget = next(iter(self._prepared.searches.values())).config
+        archs = {arch: self._summary_of(arch, budget) for arch in config.archs}
+        return {
+            "study": config.name,
+            "dataset": config.dataset,
+            "scaling": config.scaling,
+            "trials": budget.trials,
+            "epochs": budget.epochs,
+            "complete": all(is_complete(self._prepared.searches[w].config, rows) for w, rows in self._rows.items()),
+            "archs": archs,
+        }
+
+    def _summary_of(self, arch: str, budget: StudyConfig) -> dict[str, Any]:
+        cells = {w.rule: self._cell(w) for w in self._rows if w.arch == arch}
+        whole = cells.pop(ANY, None)
+        for rule in CONTROLS:
+            rows = [row for row in self._controls[arch] if row["config"]["rule"] == rule]
+            if rows:
+                cells[rule] = Cell(rule=rule, primitives=(), searched=(), confirmed=rows, control=True)
+        place = next(ready.place for w, ready in self._prepared.searches.items() if w.arch == arch)
+        return summarize_matrix(
+            list(cells.values()),
+            primitives=self._prepared.config.primitives,
+            kinds={name: row.kind for name, row in PRIMITIVES.items()},
+            chance=place.chance,
+            examples=place.examples["val"],
+            trials=budget.trials,
+            epochs=budget.epochs,
+            any_study=whole,
+        )
+
+    def _cell(self, wanted: Wanted) -> Cell:
+        rows = self._rows[wanted]
+        return Cell(
+            rule=wanted.rule,
+            primitives=() if wanted.rule == ANY else parse_rule(wanted.rule).primitives,
+            searched=[row for row in rows if row["kind"] == "search"],
+            confirmed=[row for row in rows if row["kind"] == "confirm"],
+            control=wanted.rule in BESIDE,
+            complete=is_complete(self._prepared.searches[wanted].config, rows),
+        )
+
+
+def read(ready: Ready) -> list[Row]:
+    """The rows that a search has left by now."""
+    return RowFile(ready.folder / "rows.jsonl", say=lambda _: None).read()
+
+
+def _controls(prepared: Prepared, arch: str) -> list[Row]:
+    """The controls that belong to these searches, by the names under which `bench.campaign.Campaign` files them."""
+    ready = next(ready for w, ready in prepared.searches.items() if w.arch == arch)
+    seeds = confirm_seeds(ready.config)
+    plain = [trial_config(ready.config, {}, rule=rule, seed=seed) for rule in CONTROLS for seed in seeds]
+    names = {control_uid(config, ready.place.key) for config in plain}
+    path = prepared.place.options.results / "controls" / "rows.jsonl"
+    rows = RowFile(path, say=lambda _: None).read()
+    return [row for row in rows if row["uid"].partition(".")[0] in names and row["status"] != "failed"]
+
+
+def is_complete(config: StudyConfig, rows: Sequence[Row]) -> bool:
+    """Whether these rows are all that the search is to leave: its trials, and its best with every fresh seed."""
+    trials = config.trials if Space.from_dict(config.space).searched else 1
+    searched = sorted((row for row in rows if row["kind"] == "search"), key=lambda row: row["uid"])
+    finished = [row for row in searched if row["status"] == "finished"]
+    if len(searched) < trials or not finished:
+        return len(searched) >= trials
+    best = max(finished, key=lambda row: row["metrics"]["val_acc"])
+    ours = [row for row in rows if row["kind"] == "confirm" and row["status"] != "failed" and same_setting(row, best)]
+    return {row["config"]["seed"] for row in ours} >= set(confirm_seeds(config))
+
+
+def outlook(prepared: Prepared) -> list[dict[str, Any]]:
+    """What a start would run, and about how long: a line for each search; nothing is written.
+
+    ``seconds`` of the runs that are left, one after the other: the measured pace of backprop on that network, times
+    the rule's cost floor. At most that long: trials that diverge or are stopped end sooner.
+    """
+    pace: dict[str, float] = {}
+    lines = []
+    for w in prepared.run:
+        ready = prepared.searches[w]
+        config, rows = ready.config, read(ready)
+        trials = config.trials if Space.from_dict(config.space).searched else 1
+        searched = sum(row["kind"] == "search" for row in rows)
+        confirmed = sum(row["kind"] == "confirm" for row in rows)
+        left = max(0, trials - searched) + max(0, config.confirm_seeds - confirmed)
+        if left and w.arch not in pace:
+            plain = trial_config(config, {}, rule="backprop")
+            pace[w.arch] = seconds_per_epoch(plain, ready.place.options, threads=ready.place.share.threads)
+        floor = 1.7 if w.rule == ANY else parse_rule(w.rule).cost_floor
+        lines.append(
+            {
+                "study": config.name,
+                "rule": w.rule,
+                "arch": w.arch,
+                "trials": trials,
+                "known": searched,
+                "runs": left,
+                "seconds": left * config.epochs * floor * pace.get(w.arch, 0.0),
+            }
+        )
+    return lines
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The matrix's own numbers, for its parent run in MLflow."""
+    found = {}
+    for arch, whole in summary["archs"].items():
+        for line in whole["table"]:
+            if line["test_acc"]:
+                found[f"{arch}/{line['name']}/test_acc"] = line["test_acc"]["mean"]
+        for effect in whole["effects"]:
+            if effect["test_acc"]:
+                found[f"{arch}/effect/{effect['primitive']}"] = effect["test_acc"]["mean"]
+    return found
+
+
+def beside(ready: Ready, variant: Variant) -> dict[str, Any] | None:
+    """How a search over all subsets at once (`ANY`) compares with the matrix of its network; None: there is none."""
+    results, own = ready.place.options.results, ready.config
+    for book in sorted(results.glob(f"*/{BOOK}")):
+        config = MatrixConfig.from_dict(read_yaml(book).get("config", {}))
+        if own.arch not in config.archs or (config.dataset, config.scaling) != (own.dataset, variant.label):
+            continue
+        rules = [rule.name for rule in subsets(config.primitives)]
+        wanted = [Wanted.of(rule, own.arch, own.dataset, variant) for rule in rules]
+        known = {w: begun for w in wanted if (begun := find_study(results, w.name)) is not None}
+        searches = {w: replace(ready, config=begun) for w, begun in known.items()}
+        if searches:
+            whole = Wanted.of(ANY, own.arch, own.dataset, variant)
+            prepared = Prepared(config=config.replace(archs=[own.arch]), searches={**searches, whole: ready}, run=())
+            found: dict[str, Any] | None = Known(prepared).summary()["archs"][own.arch]["any"]
+            return found
+    return None

@@ -1,0 +1,150 @@
+"""The searches that a larger plan stands on: found where they exist, planned where they do not, of equal budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.campaign import Ready
+from bench.choices import SAMPLERS
+from bench.config import Scaling, StudyConfig, UserError, study_name
+from bench.files import read_yaml
+from bench.learning.rules import ANY, parse_rule
+from bench.place import Options, Place
+from bench.recipes import recipe_of
+from bench.search import check
+from bench.space import Space, load_space
+
+#: What makes the searches of one plan comparable, beside the recipe; the ones that may grow in a study begun before.
+BUDGET = ("trials", "epochs", "seed", "sampler", "scheduler", "confirm_seeds")
+MAY_GROW = ("trials", "confirm_seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How amp, sparse and null see a layer's activity (`bench.learning.scaling`)."""
+
+    scaling: Scaling = "reference"
+    centered: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.scaling + (" centered" if self.centered else "")
+
+    def recipe(self) -> dict[str, Any]:
+        """As TrialConfig fields, where they are not the default."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(type(self), k)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A search that a plan needs: a rule (or `ANY`) on a network."""
+
+    rule: str
+    arch: str
+    dataset: str
+    variant: Variant = Variant()
+
+    @classmethod
+    def of(cls, rule: str, arch: str, dataset: str, variant: Variant) -> Wanted:
+        """In a rule that does not see activity the variant has no effect: there it is one search for all."""
+        sees = rule == ANY or parse_rule(rule).sees_activity
+        return cls(rule=rule, arch=arch, dataset=dataset, variant=variant if sees else Variant())
+
+    @property
+    def name(self) -> str:
+        variant = self.variant
+        return study_name(self.rule, self.arch, self.dataset, scaling=variant.scaling, centered=variant.centered)
+
+
+def find_study(results: Path, name: str) -> StudyConfig | None:
+    """The search that was begun under this name; None if there is none."""
+    path = results / name / "study.yaml"
+    if not path.exists():
+        return None
+    config = read_yaml(path).get("config")
+    if not isinstance(config, Mapping):
+        raise UserError(f"{path} is damaged: it has no config. Mend it, or use another --results.")
+    return StudyConfig.from_dict(config)
+
+
+def plan(
+    wanted: Sequence[Wanted], *, given: Mapping[str, Any], changes: Mapping[str, Any], options: Options
+) -> dict[Wanted, Ready]:
+    """Everything that these searches need, tried out; each stands once, in the order given.
+
+    ``given``: of `BUDGET`, what the user said; else what the searches found have, else the defaults of StudyConfig.
+    ``changes``: to the training recipe. UserError where a search was begun with another budget or recipe: what is
+    compared must have had the same.
+    """
+    known = {w: found for w in dict.fromkeys(wanted) if (found := find_study(options.results, w.name))}
+    budget = {name: _settle(name, given, known.values()) for name in BUDGET}
+    places: dict[str, Place] = {}
+    ready = {}
+    for w in dict.fromkeys(wanted):
+        config = _config(w, budget, changes)
+        if w in known:
+            config = _same(known[w], config, options)
+        space = Space.from_dict(config.space)
+        ready[w] = check(config, space, options, places.get(w.arch))
+        places.setdefault(w.arch, ready[w].place)
+    return ready
+
+
+def _settle(name: str, given: Mapping[str, Any], known: Any) -> Any:
+    if given.get(name) is not None:
+        return given[name]
+    found = [getattr(config, name) for config in known if config.rule != ANY]  # whose budget is that of many
+    if name in MAY_GROW:
+        return max(found, default=getattr(StudyConfig, name))
+    return found[0] if found else getattr(StudyConfig, name)
+
+
+def _config(wanted: Wanted, budget: Mapping[str, Any], changes: Mapping[str, Any]) -> StudyConfig:
+    recipe = {**recipe_of(wanted.dataset, wanted.arch), **changes, **wanted.variant.recipe()}
+    sampler = budget["sampler"]
+    if wanted.rule == ANY and sampler in SAMPLERS and not SAMPLERS[sampler].conditional:
+        sampler = "tpe"
+    space = load_space(wanted.rule, wanted.arch, scaling=wanted.variant.scaling)
+    return StudyConfig.from_dict(
+        {
+            **budget,
+            "name": wanted.name,
+            "rule": wanted.rule,
+            "arch": wanted.arch,
+            "dataset": wanted.dataset,
+            "sampler": sampler,
+            "recipe": recipe,
+            "space": space.to_dict(),
+        }
+    )
+
+
+def _same(known: StudyConfig, config: StudyConfig, options: Options) -> StudyConfig:
+    """The search that was begun, if it has the plan's budget and recipe; its own space."""
+    where = f"study {known.name!r} in {options.results}"
+    if (known.rule, known.arch, known.dataset) != (config.rule, config.arch, config.dataset):
+        raise UserError(f"{where} is of {known.rule} on {known.arch}, {known.dataset}; use another --results.")
+    if known.objective != "accuracy" or known.warm:
+        how = f"its objective is {known.objective}" if known.objective != "accuracy" else "it had a warm start"
+        raise UserError(f"{where} cannot be compared here ({how}); use another --results.")
+    searched = any("value" not in entry for entry in known.space.values())
+    for name in BUDGET if searched else ("epochs", "seed"):
+        was, now = getattr(known, name), getattr(config, name)
+        if was != now and not (name in MAY_GROW and (name == "confirm_seeds" or was < now)):
+            option = f"--{name.replace('_', '-')} {was}"
+            raise UserError(
+                f"{where} has {name} = {was}, and this plan {now}: budgets must be equal. Use {option} for all, or "
+                "another --results."
+            )
+    if known.recipe != config.recipe:
+        names = sorted({*known.recipe, *config.recipe})
+        differ = [n for n in names if known.recipe.get(n) != config.recipe.get(n)]
+        said = ", ".join(f"{n} = {known.recipe.get(n, 'its default')}" for n in differ)
+        raise UserError(
+            f"{where} was trained with another recipe ({said}): repeat that with --set, or use another --results."
+        )
+    return known.replace(trials=config.trials if searched else known.trials, confirm_seeds=config.confirm_seeds)

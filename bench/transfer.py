@@ -1,0 +1,306 @@
+"""`bench transfer`: do coefficients that were searched on one network serve another?
+
+The searches of source and target are found, or run (`bench.plans`, `bench.programme`). What is this plan's own: the
+source's best configuration and more of its configurations, spread over the search space, run on the target as they
+are; the source's best there with fresh seeds, beside the target's own best; and, as a control, the target's best moved
+back to the source. What comes of it is said in `bench.transfer_summary`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench import engine
+from bench.campaign import Ready, confirm_seeds, trial_config
+from bench.config import Strict, TrialConfig, check_range, digest
+from bench.place import Options, Place
+from bench.plans import Variant, Wanted, plan
+from bench.programme import Follower, Programme, Say, Searched, conclude, recorded
+from bench.rows import Row, RowFile
+from bench.runs import Outcome, Planned, carry_out
+from bench.space import UPDATE_FIELDS, Range, Space
+from bench.summary import REFERENCE, same_setting
+from bench.tracking import Tracker
+from bench.transfer_summary import Carried, Pair, summarize_transfer
+
+BOOK = "transfer.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig(Strict):
+    """What is carried over, and where to. ``configs``: how many configurations beside the best."""
+
+    name: str
+    rules: tuple[str, ...]
+    source: str
+    targets: tuple[str, ...]
+    dataset: str
+    scalings: tuple[str, ...] = ("reference",)
+    configs: int = 4
+    both: bool = False
+
+    def __post_init__(self) -> None:
+        self._settle()
+        check_range("transfer", "configs", self.configs, 0, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One rule, from one network to another."""
+
+    source: Wanted
+    target: Wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A transfer of which nothing can be refused any more, as far as one can know before it begins."""
+
+    config: TransferConfig
+    routes: tuple[Route, ...]
+    searches: Mapping[Wanted, Ready]
+
+    @property
+    def place(self) -> Place:
+        """Of its first search."""
+        return next(iter(self.searches.values())).place
+
+
+def prepare_transfer(
+    config: TransferConfig,
+    variants: Sequence[Variant],
+    *,
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    options: Options,
+) -> Prepared:
+    """Find the searches, or plan them; ``given`` and ``changes`` as in `bench.plans.plan`, with its errors."""
+    pairs = [(config.source, target) for target in config.targets]
+    pairs += [(target, source) for source, target in pairs] if config.both else []
+    routes = {
+        Route(
+            source=Wanted.of(rule, source, config.dataset, variant),
+            target=Wanted.of(rule, target, config.dataset, variant),
+        ): None
+        for rule in config.rules
+        for variant in variants
+        for source, target in pairs
+    }
+    wanted = [w for route in routes for w in (route.source, route.target)]
+    searches = plan(wanted, given=given, changes=changes, options=options)
+    return Prepared(config=config, routes=tuple(routes), searches=searches)
+
+
+class Transfer(Follower):
+    """The runs of one transfer beside its searches, and the keeper of its rows."""
+
+    def __init__(self, prepared: Prepared, tracker: Tracker, rows: RowFile) -> None:
+        super().__init__(prepared.config.name, prepared.place, tracker, {"transfer": rows})
+        self._config, self._routes, self._searches = prepared.config, prepared.routes, prepared.searches
+        self._found: dict[Wanted, Searched] = {}
+        self._plans: dict[str, Planned] = {}
+
+    def learned(self, found: Searched) -> None:
+        wanted = next(w for w, ready in self._searches.items() if ready.config.name == found.ready.config.name)
+        self._found[wanted] = found
+        for known in (*found.confirmed, *found.controls):
+            self._tracker.record(known["uid"], known["kind"], known)
+        for route in self._routes:
+            if route.source in self._found:
+                self._plans |= self._of(route)
+
+    # --- what there is to run
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to run, as far as the searches are known."""
+        return not any(self._open(self._plans))
+
+    def next(self) -> engine.Task | engine.Wait | None:
+        for uid, planned in self._open(self._plans):
+            return self._task(uid, planned.with_options(checkpoint=str(self._checkpoint(uid))))
+        return engine.WAIT if self._running else None
+
+    def _of(self, route: Route) -> dict[str, Planned]:
+        """The runs of a route whose source is searched; the control's too, once the target is."""
+        found: dict[str, Planned] = {}
+        for row in self._carried(route.source):
+            if row["status"] == "stopped":  # on the source it had no full budget yet
+                found |= self._planned(self._moved(row, route.source))
+            found |= self._planned(self._moved(row, route.target))
+        for home, away in ((route.source, route.target), (route.target, route.source)):
+            if (best := self._best(home)) is not None:
+                for seed in confirm_seeds(self._searches[away].config):
+                    found |= self._planned(self._moved(best, away, seed), read_test=True)
+        return found
+
+    def _moved(self, row: Row, to: Wanted, seed: int | None = None) -> TrialConfig:
+        """The configuration of a row as it is, on another network with that one's recipe."""
+        known = row["config"]
+        changes = {name: known[name] for name in ("coefficients", *UPDATE_FIELDS)}
+        return trial_config(self._searches[to].config, changes, rule=known["rule"], seed=seed)
+
+    def _uid(self, config: TrialConfig, *, read_test: bool) -> str:
+        return f"{self.name}-{digest([config.identity(), read_test, self._place.key])}"
+
+    def _planned(self, config: TrialConfig, *, read_test: bool = False) -> dict[str, Planned]:
+        uid = self._uid(config, read_test=read_test)
+        return {uid: Planned(config=config, kind="transfer", options={"read_test": True} if read_test else {})}
+
+    def _run_of(self, config: TrialConfig, *, read_test: bool = False) -> Row | None:
+        return self._row_of(self._uid(config, read_test=read_test))
+
+    def _carried(self, source: Wanted) -> list[Row]:
+        """The source's best and more of its configurations, spread over its space; none if nothing finished there."""
+        best = self._best(source)
+        if best is None:
+            return []
+        searched = sorted(self._found[source].searched, key=lambda row: row["uid"])  # not as they came to an end
+        rows = [row for row in searched if row["status"] != "failed"]
+        first = next((i for i, row in enumerate(rows) if same_setting(row, best)), 0)
+        points = [position(self._searches[source].space, row["config"]) for row in rows]
+        return [rows[i] for i in spread_out(points, first, self._config.configs + 1)]
+
+    def _best(self, wanted: Wanted) -> Row | None:
+        """A row of the best configuration: by the confirmed validation mean, else by the search."""
+        if wanted not in self._found:
+            return None
+        found = self._found[wanted]
+        confirmed = found.summary["confirmed"]
+        if confirmed and confirmed[0]["val_acc"]:
+            seed, config = confirmed[0]["seeds"][0], confirmed[0]["config"]
+            return {"config": {**config, "seed": seed}}
+        finished = [row for row in found.searched if row["status"] == "finished"]
+        return max(finished, key=lambda row: row["metrics"]["val_acc"], default=None)
+
+    # --- what is known
+
+    def record_known(self) -> None:
+        """Tell MLflow what an earlier start left as rows."""
+        for known in self._done.values():
+            self._tracker.record(known["uid"], known["kind"], known)
+
+    def summary(self, *, over: bool) -> dict[str, Any]:
+        """What `bench.transfer_summary` makes of it; ``over``: whether all searches are."""
+        runs = [row["status"] for row in self._rows_of(self._plans)]
+        budget = next(iter(self._searches.values())).config
+        return {
+            "study": self.name,
+            "dataset": self._config.dataset,
+            "trials": budget.trials,
+            "epochs": budget.epochs,
+            "configs": self._config.configs,
+            "complete": over and self.complete and not self._running,
+            "runs": {status: runs.count(status) for status in ("finished", "diverged", "failed")},
+            **summarize_transfer([self._pair(r) for r in self._routes if {r.source, r.target} <= set(self._found)]),
+        }
+
+    def _pair(self, route: Route) -> Pair:
+        source, target = self._found[route.source], self._found[route.target]
+        place = target.ready.place
+        return Pair(
+            rule=route.source.rule,
+            scaling=route.source.variant.label,
+            source=route.source.arch,
+            target=route.target.arch,
+            carried=list(self._carried_rows(route)),
+            native=_of_best(target),
+            moved=self._confirmed_elsewhere(route.source, route.target),
+            home=_of_best(source),
+            back=self._confirmed_elsewhere(route.target, route.source),
+            reference=[row for row in target.controls if row["config"]["rule"] == REFERENCE],
+            chance=place.chance,
+            examples=place.examples["val"],
+        )
+
+    def _carried_rows(self, route: Route) -> Iterator[Carried]:
+        for row in self._carried(route.source):
+            home = self._run_of(self._moved(row, route.source)) if row["status"] == "stopped" else row
+            if home is not None:
+                yield Carried(home=home, away=self._run_of(self._moved(row, route.target)))
+
+    def _confirmed_elsewhere(self, home: Wanted, away: Wanted) -> list[Row]:
+        best = self._best(home)
+        seeds = confirm_seeds(self._searches[away].config) if best is not None else []
+        rows = [self._run_of(self._moved(best, away, seed), read_test=True) for seed in seeds if best is not None]
+        return [row for row in rows if row is not None]
+
+    def render(self) -> str:
+        """The live display: a line for the whole, and one for each run under way."""
+        done, whole = self._settled(self._plans), len(self._plans)
+        line = f"carried over: {done}/{whole} runs · {self._time(whole - done)}"
+        return "\n".join([line, *self._lines()])
+
+
+def _of_best(found: Searched) -> list[Row]:
+    """The confirmed rows of the best configuration."""
+    confirmed = found.summary["confirmed"]
+    best = {"config": confirmed[0]["config"]} if confirmed else None
+    return [] if best is None else [row for row in found.confirmed if same_setting(row, best)]
+
+
+def position(space: Space, config: Mapping[str, Any]) -> tuple[float, ...]:
+    """Where a configuration lies in its space: each searched parameter in [0, 1], by its own scale."""
+    values = {**config["coefficients"], **{name: config[name] for name in UPDATE_FIELDS}}
+    found = []
+    for name in space.searched:
+        parameter, value = space.params[name], float(values[name])
+        if not isinstance(parameter, Range):
+            options = parameter.values()
+            found.append(options.index(value) / max(1, len(options) - 1))
+            continue
+        low, high = parameter.min, parameter.max
+        if parameter.scale == "log":
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        found.append((value - low) / (high - low))
+    return tuple(found)
+
+
+def spread_out(points: Sequence[Sequence[float]], first: int, count: int) -> list[int]:
+    """Indices of ``count`` points, ``first`` among them: each next one is the farthest from those before (Gonzalez
+    1985, doi 10.1016/0304-3975(85)90224-5); of equals, the earlier. All of them, if there are not so many."""
+    chosen = [first]
+    while len(chosen) < min(count, len(points)):
+        rest = [i for i in range(len(points)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: (min(math.dist(points[i], points[c]) for c in chosen), -i)))
+    return chosen
+
+
+def transfer(
+    prepared: Prepared,
+    *,
+    say: Say,
+    watch: Callable[[Programme], Callable[[], None]] | None = None,
+    trial: str = "bench.trial:run_trial",
+) -> tuple[Outcome, dict[str, Any]]:
+    """Run the transfer to its end, or go on with it; the summary of what is known by then."""
+    config, place = prepared.config, prepared.place
+    folder = place.options.results / config.name
+    tags = {"bench.rules": ",".join(config.rules), "bench.source": config.source}
+    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
+        source = Transfer(prepared, tracker, RowFile(folder / "rows.jsonl", say=say))
+        source.record_known()
+        with Programme(config.name, list(prepared.searches.values()), say=say, then=source) as programme:
+            outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
+            programme.end(outcome)
+            over = all(found.complete for found in programme.found.values()) and not programme.busy
+            summary = {**source.summary(over=over), "busy": programme.busy}
+        return outcome, conclude(tracker, folder, BOOK, summary, headline(summary), outcome)
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The transfer's own numbers, for its parent run in MLflow."""
+    found = {}
+    for pair in summary["pairs"]:
+        where = f"{pair['rule']} {pair['scaling']}/{pair['source']} to {pair['target']}"
+        for metric, regret in pair["regret"].items():
+            if regret:
+                found[f"{where}/regret_{metric}"] = regret["mean"]
+        if pair["rank"]["rho"] is not None:
+            found[f"{where}/rank_correlation"] = pair["rank"]["rho"]
+        if pair["lost"]["of"]:
+            found[f"{where}/lost_share"] = pair["lost"]["share"]
+    return found

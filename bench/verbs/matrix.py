@@ -1,0 +1,89 @@
+"""`bench matrix`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from bench.config import PRIMITIVE_NAMES, UserError, check_range, study_name
+from bench.verbs.common import (
+    add_budget,
+    add_json,
+    add_results,
+    add_scaling,
+    add_where,
+    budget_of,
+    check_name,
+    conclude,
+    follow,
+    names,
+    options_of,
+    parse_settings,
+    scaling_of,
+    verb,
+    writable,
+)
+
+
+def add(verbs: Any) -> None:
+    p = verb(verbs, "matrix", _matrix, "search every subset of the primitives, with equal budgets, beside controls")
+    p.add_argument("--arch", default="resnet18", metavar="A[,A...]", help="names from `bench list networks`")
+    p.add_argument("--dataset", default="digits", metavar="D", help="a name from `bench list datasets`")
+    p.add_argument("--primitives", default=",".join(PRIMITIVE_NAMES), metavar="P[,P...]", help="subsets of these")
+    p.add_argument("--any", action="store_true", help="also one search over all subsets at once, of the same budget")
+    p.add_argument("--only", metavar="R[,R...]", help="run these rules alone now; the table is of all that is known")
+    p.add_argument("--dry-run", action="store_true", help="say what would run, and how long; write nothing")
+    p.add_argument("--name", metavar="NAME", help="of the matrix (else matrix-ARCH-DATASET)")
+    add_scaling(p)
+    add_budget(p)
+    add_where(p)
+    add_results(p)
+    add_json(p)
+
+
+def _matrix(given: argparse.Namespace) -> int:
+    from bench.learning.rules import ANY, parse_rule, subsets
+    from bench.matrix import BESIDE, MatrixConfig, matrix, outlook, prepare_matrix
+    from bench.models import check_arch
+    from bench.plans import Variant
+    from bench.present_plans import print_matrix, print_outlook
+    from bench.recipes import check_recipe
+
+    check_range("--concurrent", "concurrent", given.concurrent, 1)
+    archs = names("arch", given.arch)
+    for arch in archs:
+        check_arch(arch)
+    primitives = names("primitives", given.primitives, PRIMITIVE_NAMES)
+    only = names("only", given.only) if given.only is not None else []
+    only = [name if name == ANY else parse_rule(name).name for name in only]
+    rules = [rule.name for rule in subsets(primitives)]
+    for name in only:
+        if name not in (*rules, *BESIDE, *([ANY] if given.any else [])):
+            raise UserError(f"--only {name}: not in this matrix; it has subsets of {', '.join(primitives)}.")
+    variant = Variant(scaling=scaling_of(given), centered=given.centered)
+    name = study_name("matrix", "-".join(archs), given.dataset, scaling=variant.scaling, centered=variant.centered)
+    config = MatrixConfig(
+        name=check_name(given.name or name),
+        archs=tuple(archs),
+        dataset=given.dataset,
+        primitives=tuple(primitives),
+        scaling=variant.label,
+        any=given.any,
+    )
+    changes = check_recipe(parse_settings(given.set))
+    prepared = prepare_matrix(
+        config, variant, only=only, given=budget_of(given), changes=changes, options=options_of(given)
+    )
+    if given.dry_run:
+        lines = outlook(prepared)
+        if given.json:
+            json.dump(lines, sys.stdout)
+        else:
+            print_outlook(lines, prepared.place.share.concurrent)
+        return 0
+    writable(given.results)
+    log = given.results / config.name / "ray.log"
+    outcome, summary = follow(log, lambda say, watch: matrix(prepared, say=say, watch=watch))
+    return conclude(given, outcome, summary, prepared.place.options, print_matrix)

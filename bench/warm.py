@@ -1,0 +1,84 @@
+"""Warm starts: a search that begins with what another one found, and what that saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.config import StudyConfig, UserError
+from bench.learning.rules import ANY
+from bench.plans import find_study
+from bench.rows import Row, RowFile
+from bench.space import UPDATE_FIELDS, Space
+from bench.proposals import fits
+
+#: So many of the source's configurations are tried first, and no more than a quarter of the budget.
+MOST = 5
+
+
+def warm_trials(results: Path, source: str, config: StudyConfig, space: Space) -> tuple[dict[str, Any], ...]:
+    """The source's best configurations, best first, as values of the searched parameters of ``space``.
+
+    Those outside of this space are left out. UserError if there is no such search, if it is of another rule or scaling
+    (whose coefficients mean something else), or if none of its configurations lies in this space.
+    """
+    before = find_study(results, config.name)
+    if before is not None and before.warm_from == source:  # a search that goes on keeps what it began with
+        return before.warm
+    known = find_study(results, source)
+    if known is None:
+        raise UserError(f"--warm-from {source}: there is no search of this name in {results}.")
+    if known.rule != config.rule or config.rule == ANY:
+        raise UserError(f"--warm-from {source}: it is of the rule {known.rule!r}, and this of {config.rule!r}.")
+    for name in ("scaling", "centered"):
+        if known.recipe.get(name) != config.recipe.get(name):
+            raise UserError(f"--warm-from {source}: its {name} is another, and its coefficients mean something else.")
+    rows = _finished(results, source)
+    best = sorted(rows, key=lambda row: (-row["metrics"]["val_acc"], row["uid"]))
+    values = [{**row["config"]["coefficients"], **{n: row["config"][n] for n in UPDATE_FIELDS}} for row in best]
+    params = [{name: value[name] for name in space.searched if name in value} for value in values]
+    inside = [p for p in params if fits(p, space.distributions(), space.conditions())]
+    if not inside:
+        raise UserError(f"--warm-from {source}: none of its finished configurations lies in this search's space.")
+    unlike = [p for i, p in enumerate(inside) if p not in inside[:i]]
+    return tuple(unlike[: max(1, min(MOST, config.trials // 4))])
+
+
+def saved(results: Path, config: StudyConfig, cold: str) -> dict[str, Any]:
+    """How many trials a warm start saved against the search ``cold``, of the same budget and without it.
+
+    ``level`` is the best validation accuracy that both reached (the lower one of their bests); ``warm`` and ``cold``
+    are the numbers of trials, from 1, until each had a trial of its full budget at that level; ``saved`` is their
+    difference. One search each: without an interval. ``reason``: why there is nothing to compare.
+    """
+    other = find_study(results, cold)
+    nothing = {"study": cold, "level": None, "warm": None, "cold": None, "saved": None}
+    if other is None:
+        return {**nothing, "reason": "there is no cold search of the same budget; the same command without --warm-from"}
+    differ = [name for name in _SAME if getattr(other, name) != getattr(config, name)]
+    if differ:
+        return {**nothing, "reason": f"{cold} differs in {', '.join(differ)}"}
+    ours, theirs = _finished(results, config.name), _finished(results, cold)
+    if not ours or not theirs:
+        return {**nothing, "reason": "one of the two has no finished trial"}
+    level = min(max(row["metrics"]["val_acc"] for row in rows) for rows in (ours, theirs))
+    warm, other_way = _first(ours, level), _first(theirs, level)
+    return {"study": cold, "level": level, "warm": warm, "cold": other_way, "saved": other_way - warm, "reason": None}
+
+
+#: What a cold search must have in common with a warm one.
+_SAME = ("rule", "arch", "dataset", "trials", "epochs", "seed", "sampler", "scheduler", "objective", "recipe", "space")
+
+
+def _finished(results: Path, study: str) -> list[Row]:
+    """The trials of a search that had their full budget, in the order in which they were proposed."""
+    rows = RowFile(results / study / "rows.jsonl", say=lambda _: None).read()
+    return sorted(
+        (row for row in rows if row["kind"] == "search" and row["status"] == "finished"), key=lambda row: row["uid"]
+    )
+
+
+def _first(rows: Sequence[Mapping[str, Any]], level: float) -> int:
+    reached = next(row for row in rows if row["metrics"]["val_acc"] >= level)
+    return int(str(reached["uid"]).rpartition("-")[2]) + 1
