@@ -27,7 +27,7 @@ ACTIVITY_PRIMITIVES = ("amp", "null", "sparse")
 
 Status = Literal["finished", "stopped", "diverged", "failed"]
 Kind = Literal["search", "confirm", "control", "train", "robustness", "transfer"]
-#: What the activity-dependent terms of B's gradient are divided by: nothing (the authors'), or the layer's input energy.
+#: What amp, sparse and null are divided by in each layer: nothing (the authors'), or the energy of what they read.
 Scaling = Literal["reference", "normalized"]
 #: Where Gaussian noise goes (design, section 5): into training (update), or into a trained network.
 Site = Literal["update", "weight", "activation", "input"]

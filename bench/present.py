@@ -79,8 +79,8 @@ def _print_warm(out: Console, warm: Mapping[str, Any]) -> None:
         out.print(f"warm start: nothing to compare it with ({warm['reason']})", markup=False)
         return
     out.print(
-        f"warm start: {warm['level']:.2%} was reached at trial {warm['warm']}, in {warm['study']} (cold, the same budget) "
-        f"at trial {warm['cold']}: {warm['saved']} trials saved (one search each)",
+        f"warm start: {warm['level']:.2%} was reached at trial {warm['warm']}, and at trial {warm['cold']} in "
+        f"{warm['study']} (cold, the same budget): {warm['saved']} trials saved (one search each)",
         markup=False,
     )
 

@@ -36,7 +36,9 @@ def print_matrix(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     _begin(out, outcome, summary)
     words = matrix_words
     for arch, found in summary["archs"].items():
-        head = f"{arch}, {summary['dataset']}, {summary['scaling']}: {found['trials']} trials × {found['epochs']} epochs"
+        head = (
+            f"{arch}, {summary['dataset']}, {summary['scaling']}: {found['trials']} trials × {found['epochs']} epochs"
+        )
         caption = "\n".join(words.table_caption(found))
         out.print(table(head, words.TABLE_COLUMNS, words.table_rows(found), caption=caption))
         caption = "\n".join(words.EFFECT_CAPTION)
@@ -63,7 +65,9 @@ def print_outlook(lines: Sequence[Mapping[str, Any]], concurrent: int) -> None:
         for line in lines
     ]
     caption = "one after the other, at most (what diverges or is stopped ends sooner), without evaluation and controls"
-    out.print(table("what would run", ("search", "trials known", "runs left", "training"), rows, caption=caption, texts=1))
+    out.print(
+        table("what would run", ("search", "trials known", "runs left", "training"), rows, caption=caption, texts=1)
+    )
     runs, seconds = sum(line["runs"] for line in lines), sum(line["seconds"] for line in lines)
     out.print(f"{runs} runs; about {duration(seconds / concurrent)} with {concurrent} at a time", markup=False)
 

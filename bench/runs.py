@@ -204,7 +204,6 @@ class Runs:
             lines.append(f"  {uid}  epoch {run.epoch}/{run.plan.config.epochs}{accuracy}")
         return lines
 
-
     def render(self) -> str:
         """The live display."""
         return "\n".join(self._lines())

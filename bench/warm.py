@@ -9,9 +9,9 @@ from typing import Any
 from bench.config import StudyConfig, UserError
 from bench.learning.rules import ANY
 from bench.plans import find_study
+from bench.proposals import fits
 from bench.rows import Row, RowFile
 from bench.space import UPDATE_FIELDS, Space
-from bench.proposals import fits
 
 #: So many of the source's configurations are tried first, and no more than a quarter of the budget.
 MOST = 5

@@ -29,7 +29,7 @@ class Silent:
 
 
 class Stage:
-    """Stands for Ray and MLflow. ``runs``: the (uid, configuration) of all that ran; ``stop_after``: an interruption."""
+    """Stands for Ray and MLflow. ``runs``: the (uid, configuration) of what ran; ``stop_after``: an interruption."""
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula

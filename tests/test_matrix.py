@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
 
 from bench.config import PRIMITIVE_NAMES, TrialConfig, UserError
 from bench.journal import claimed
@@ -17,6 +16,7 @@ from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix import MatrixConfig, beside, matrix, outlook, prepare_matrix
 from bench.place import Options
 from bench.plans import Variant
+from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
 
 #: What each primitive adds to the accuracy of 0.4 that fixed feedback has, and the one pair that does more together.
 EFFECT = {"decay": 0.01, "amp": 0.05, "null": 0.02, "sparse": -0.03, "self": 0.08}
@@ -56,12 +56,11 @@ def test_all_subsets_beside_the_controls(tmp_path: Path, stage: Callable[[Formul
     assert trained_rules == {**{parse_rule(s).name: 2 + 3 for s in expected}, **controls}
     table = summary["archs"]["lenet"]["table"]
     assert len(table) == 31 + 5
-    assert [line["name"] for line in table[:2]] == ["backprop", "decay+amp+null+sparse+self"] or table[0]["name"]
+    assert [line["name"] for line in table[:2]] == ["backprop", "decay+amp+null+sparse+self"]  # 0.9, and 0.63
+    the_effects_are_those_of_the_formula(summary["archs"]["lenet"])
 
 
-def test_effects_and_interactions_are_those_of_the_formula(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
-    stage(trained)
-    found = run(tmp_path)[1]["archs"]["lenet"]
+def the_effects_are_those_of_the_formula(found: dict[str, Any]) -> None:
     for effect in found["effects"]:
         # half of the contexts of amp and of sparse hold the other one
         own = EFFECT[effect["primitive"]] + (TOGETHER / 2 if effect["primitive"] in ("amp", "sparse") else 0)

@@ -385,9 +385,9 @@ def resolved(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> StudyConf
     """The study that this command line would run."""
     found: list[Ready] = []
 
-    def keep(ready: Ready, *, json_wanted: bool) -> int:
+    def keep(_: object, ready: Ready, *__: object, **___: object) -> int:
         found.append(ready)
-        return int(json_wanted)
+        return 0
 
     monkeypatch.setattr("bench.verbs.search._run_search", keep)
     assert main(arguments) == 0

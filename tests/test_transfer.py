@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
 
 from bench.campaign import confirm_seeds
 from bench.config import TrialConfig, UserError
@@ -17,6 +16,7 @@ from bench.place import Options
 from bench.plans import Variant
 from bench.space import load_space
 from bench.transfer import TransferConfig, position, prepare_transfer, spread_out, transfer
+from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
 
 #: log10 of the best coefficient, and of the largest that does not diverge, by network.
 BEST = {"lenet": -2.0, "resnet18": -4.0}
@@ -70,7 +70,9 @@ def test_regret_is_what_the_formula_says(tmp_path: Path, stage: Callable[[Formul
     assert pair["regret"]["val_acc"]["mean"] == pytest.approx(sum(expected) / 3)
     assert pair["regret"]["test_acc"]["mean"] == pytest.approx(sum(expected) / 3)
     assert pair["regret"]["test_acc"]["n"] == 3
-    back = [accuracy("resnet18", ours, s) - accuracy("resnet18", theirs, s) for s in seeds] if theirs < 10**-2.5 else None
+    back = (
+        [accuracy("resnet18", ours, s) - accuracy("resnet18", theirs, s) for s in seeds] if theirs < 10**-2.5 else None
+    )
     if back:
         assert pair["back_regret"]["test_acc"]["mean"] == pytest.approx(sum(back) / 3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from bench.config import Objective, StudyConfig, TrialConfig, UserError, check_range, study_name, unknown
 from bench.verbs.common import (
@@ -22,6 +22,10 @@ from bench.verbs.common import (
     verb,
     writable,
 )
+
+if TYPE_CHECKING:
+    from bench.campaign import Ready
+    from bench.plans import Variant
 
 OBJECTIVE_NAMES = get_args(Objective)
 
@@ -55,14 +59,12 @@ def add(verbs: Any) -> None:
 
 def _search(given: argparse.Namespace) -> int:
     from bench.learning.rules import ANY, parse_rule
-    from bench.matrix import beside
     from bench.models import check_arch
     from bench.plans import Variant
-    from bench.present import print_search
     from bench.recipes import check_recipe, recipe_of
-    from bench.search import check, search
+    from bench.search import check
     from bench.space import load_space
-    from bench.warm import saved, warm_trials
+    from bench.warm import warm_trials
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
     rule = ANY if given.rule == ANY else parse_rule(given.rule).name
@@ -100,10 +102,21 @@ def _search(given: argparse.Namespace) -> int:
         config = config.replace(warm_from=given.warm_from, warm=warm)
     ready = check(config, space, options_of(given))
     writable(given.results)
+    return _run_search(given, ready, variant, cold=name)
+
+
+def _run_search(given: argparse.Namespace, ready: Ready, variant: Variant, *, cold: str) -> int:
+    """``cold``: the name of the search that a warm one is compared with."""
+    from bench.learning.rules import ANY
+    from bench.matrix import beside
+    from bench.present import print_search
+    from bench.search import search
+    from bench.warm import saved
+
     log = ready.folder / "ray.log"
     outcome, summary = follow(log, lambda say, watch: search(ready, say=say, watch=watch))
-    summary["warm"] = saved(given.results, config, name) if given.warm_from else None
-    summary["matrix"] = beside(ready, variant) if rule == ANY else None
+    summary["warm"] = saved(given.results, ready.config, cold) if given.warm_from else None
+    summary["matrix"] = beside(ready, variant) if ready.config.rule == ANY else None
     return conclude(given, outcome, summary, ready.place.options, print_search)
 
 
