@@ -72,6 +72,12 @@ def _objectives() -> Listing:
     return [{"name": o.name, "what": o.summary, "metrics": ", ".join(o.metrics)} for o in OBJECTIVES.values()]
 
 
+def _scalings() -> Listing:
+    from bench.learning.scaling import SCALINGS
+
+    return [{"name": s.name, "what": s.summary, "source": s.source} for s in SCALINGS.values()]
+
+
 def _sites() -> Listing:
     from bench.noise import SITES
 
@@ -109,6 +115,7 @@ LISTS: dict[str, Callable[[], Listing]] = {
     "samplers": _samplers,
     "schedulers": _schedulers,
     "objectives": _objectives,
+    "scalings": _scalings,
     "sites": _sites,
     "attacks": _attacks,
 }

@@ -21,6 +21,8 @@ NOT_RECIPE = (
     "feedback_lr_factor",
     "feedback_every",
     "feedback_warmup_epochs",
+    "scaling",
+    "centered",
     "noise_site",
     "noise_levels",
     "noise_draws",

@@ -27,7 +27,10 @@ FIRST_MEASURE_SEED = 2000
 #: The rule that every other one stands beside.
 REFERENCE = "backprop"
 #: What differs between rules by right; everything else is the recipe, and must be the same.
-OF_A_RULE = ("rule", "coefficients", "feedback_lr_factor", "feedback_every", "feedback_warmup_epochs", "seed")
+OF_A_RULE = (
+    *("rule", "coefficients", "feedback_lr_factor", "feedback_every", "feedback_warmup_epochs", "scaling", "centered"),
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

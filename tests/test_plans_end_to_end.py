@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rehearsal import rows
 
 QUICK = [
@@ -42,9 +43,7 @@ def children(folder: Path, study: str) -> tuple[Any, list[Any], list[Any]]:
     experiment = client.get_experiment_by_name("bench")
     every = client.search_runs([experiment.experiment_id], max_results=1000)
     (parent,) = [
-        run
-        for run in every
-        if run.data.tags.get("bench.study") == study and run.data.tags.get("bench.kind") == "study"
+        run for run in every if run.data.tags.get("bench.study") == study and run.data.tags.get("bench.kind") == "study"
     ]
     return parent, [r for r in every if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id], every
 

@@ -21,13 +21,39 @@ Neither changes dx, dW, db, nor decay and self.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from bench.config import Scaling, UserError, unknown
 from bench.learning.ops import Maps
 from bench.learning.rules import Rule
 
-SCALINGS: tuple[Scaling, ...] = ("reference", "normalized")
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingRow:
+    """One way to see a layer's activity; the names are those of `bench.config.Scaling`."""
+
+    name: Scaling
+    summary: str
+    source: str
+
+
+SCALINGS: dict[str, ScalingRow] = {
+    row.name: row
+    for row in (
+        ScalingRow(
+            name="reference",
+            summary="sums over units and positions: coefficients have a dimension",
+            source="Kunin et al. 2020, arXiv 2003.01513",
+        ),
+        ScalingRow(
+            name="normalized",
+            summary="divided, layer by layer, by the energy of what the term reads: coefficients are pure numbers",
+            source="ours; compare normalised LMS, Nagumo & Noda 1967, doi 10.1109/TAC.1967.1098599",
+        ),
+    )
+}
 
 
 def centered(maps: Maps, x: Tensor, z: Tensor | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
