@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.learning.rules import ANY
 from bench.matrix_words import any_lines
 from bench.place import Options
 from bench.robustness import note, title, unit_of
@@ -43,6 +44,8 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
         _print_warm(out, summary["warm"])
     for line in any_lines(summary["matrix"]):
         out.print(line, markup=False)
+    if summary["rule"] == ANY and summary["matrix"] is None:
+        out.print(f"there is no matrix of {summary['arch']} to compare it with: bench matrix runs one", markup=False)
     best = Path(summary["folder"]) / "best.yaml"
     if best.exists():
         what = "best compromise of the front" if summary["objective"] == "both" else "best configuration"

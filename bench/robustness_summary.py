@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.config import Site, UserError
 from bench.curves import area, half_level, relative_area
-from bench.statistics import estimate, paired_difference, verdict
+from bench.statistics import estimate, versus
 
 #: What the paired difference of relative areas says.
 VERDICTS = {"better": "more robust", "worse": "less robust", "not distinguishable": "not distinguishable"}
@@ -213,7 +213,7 @@ def _site(site: str, found: Mapping[str, Mapping[str, _Curves]], reference: str)
 
 def _areas_versus(ours: _Curves, theirs: _Curves) -> dict[str, Any] | None:
     """Areas of one rule under two attacks, paired by network; those of other levels are not comparable."""
-    return _versus(ours.areas, theirs.areas) if ours.levels == theirs.levels else None
+    return versus(ours.areas, theirs.areas) if ours.levels == theirs.levels else None
 
 
 def _place(site: str) -> tuple[int, str]:
@@ -247,7 +247,7 @@ def _entry(rule: str, curves: _Curves, reference: _Curves) -> dict[str, Any]:
     and of square − pgd, of the same rule; positive where the former attack is the weaker one.
     """
     whole = not curves.at_chance and not reference.at_chance
-    versus = _versus(curves.relative, reference.relative) if whole else None
+    difference = versus(curves.relative, reference.relative) if whole else None
     return {
         "rule": rule,
         "unaffected": curves.unaffected,
@@ -257,15 +257,15 @@ def _entry(rule: str, curves: _Curves, reference: _Curves) -> dict[str, Any]:
         "incomplete": curves.incomplete,
         "at_chance": curves.at_chance,
         "clean": _estimate(curves.at(0.0)),
-        "clean_versus": _versus(curves.at(0.0), reference.at(0.0)),
+        "clean_versus": versus(curves.at(0.0), reference.at(0.0)),
         "curve": [_level(level, curves, reference) for level in curves.levels],
         "area": _estimate(curves.areas),
-        "area_versus": _versus(curves.areas, reference.areas),
+        "area_versus": versus(curves.areas, reference.areas),
         "relative_area": _estimate(curves.relative),
-        "relative_area_versus": versus,
-        "compared": versus and _compared(curves, reference),
+        "relative_area_versus": difference,
+        "compared": difference and _compared(curves, reference),
         "half_level": _half(curves),
-        "verdict": versus and VERDICTS[versus["verdict"]],
+        "verdict": difference and VERDICTS[difference["verdict"]],
     }
 
 
@@ -277,7 +277,7 @@ def _compared(curves: _Curves, reference: _Curves) -> dict[str, Any]:
         "seeds": seeds,
         "clean": _estimate(ours),
         "reference_clean": _estimate(theirs),
-        "clean_versus": _versus(ours, theirs),
+        "clean_versus": versus(ours, theirs),
     }
 
 
@@ -298,7 +298,7 @@ def _level(level: float, curves: _Curves, reference: _Curves) -> dict[str, Any]:
         "draw_se": math.sqrt(math.fsum(se**2 for se in errors) / len(errors)) if errors else None,
         "diverged": sum(p.status == "diverged" for p in here),
         "failed": len(here) - len(accuracies),
-        "versus": _versus(accuracies, reference.at(level)),
+        "versus": versus(accuracies, reference.at(level)),
     }
 
 
@@ -330,8 +330,3 @@ def _half(curves: _Curves) -> dict[str, Any] | None:
 
 def _estimate(values: Mapping[int, float]) -> dict[str, Any] | None:
     return estimate([values[seed] for seed in sorted(values)]).to_dict() if values else None
-
-
-def _versus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
-    difference = paired_difference(ours, theirs)
-    return None if difference is None else {**difference.to_dict(), "verdict": verdict(difference)}
