@@ -136,9 +136,9 @@ class Campaign(Runs):
             return engine.WAIT
         for uid, plan in self._open(self.confirm_tasks()):
             return self._task(uid, plan)
-        return engine.WAIT if self._awaits_controls() else None
+        return engine.WAIT if self.awaits_controls() else None
 
-    def _awaits_controls(self) -> bool:
+    def awaits_controls(self) -> bool:
         """Whether another search of the same programme has a control of ours under way."""
         following = map(self._next_attempt, self.control_tasks())
         return any(uid is not None and uid not in self._running and self.elsewhere(uid) for uid in following)

@@ -136,7 +136,10 @@ class Strict:
         return type(self).from_dict({**self.to_dict(), **changes})
 
     def identity(self) -> dict[str, Any]:
-        """The fields that differ from their defaults: a field that is new leaves the names of old runs as they are."""
+        """The fields that differ from their defaults: a field that is new leaves the names of old runs as they are.
+
+        (And a default may never change: runs that differ would have one name.)
+        """
         plain = self.to_dict()
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         usual = {f.name: json.loads(json.dumps(f.default)) for f in fields if f.default is not dataclasses.MISSING}

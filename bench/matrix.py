@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.campaign import CONTROLS, Ready, confirm_seeds, control_uid, trial_config
-from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig
+from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
 from bench.learning.primitives import PRIMITIVES
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix_summary import Cell, summarize_matrix
 from bench.pace import seconds_per_epoch
 from bench.place import Options, Place
-from bench.plans import Variant, Wanted, find_study, plan
-from bench.programme import Programme, Say, conclude, recorded
+from bench.plans import BUDGET, Variant, Wanted, find_study, plan
+from bench.programme import Programme, Say, check_own_name, conclude, recorded
 from bench.rows import Row, RowFile
 from bench.runs import Outcome, carry_out
 from bench.space import Space
-from bench.summary import same_setting
+from bench.summary import best_trial, same_setting
 
 BOOK = "matrix.yaml"
 
@@ -46,6 +46,8 @@ class MatrixConfig(Strict):
     def __post_init__(self) -> None:
         self._settle()
         subsets(self.primitives)
+        if self.any and set(self.primitives) != set(PRIMITIVE_NAMES):
+            raise UserError("--any searches all five primitives: leave --primitives out, or --any.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,11 @@ def prepare_matrix(
     wanted = [Wanted.of(rule, arch, config.dataset, variant) for arch in config.archs for rule in (*rules, *beside)]
     searches = plan(wanted, given=given, changes=changes, options=options)
     if config.any:
-        trials = len(rules) * next(iter(searches.values())).config.trials
+        settled = next(iter(searches.values())).config
+        budget = {name: getattr(settled, name) for name in BUDGET} | {"trials": len(rules) * settled.trials}
         whole = [Wanted.of(ANY, arch, config.dataset, variant) for arch in config.archs]
-        searches |= plan(whole, given={**given, "trials": trials}, changes=changes, options=options)
+        searches |= plan(whole, given=budget, changes=changes, options=options)
+    check_own_name(config.name, searches.values())
     run = [w for w in searches if not only or w.rule in only]
     return Prepared(config=config, searches=searches, run=run)
 
@@ -101,7 +105,7 @@ def matrix(
     config, place = prepared.config, prepared.place
     folder = place.options.results / config.name
     tags = {"bench.archs": ",".join(config.archs), "bench.primitives": ",".join(config.primitives)}
-    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
+    with recorded(config, config.name, BOOK, place, tags=tags, say=say, shared=True) as tracker:
         with Programme(config.name, [prepared.searches[w] for w in prepared.run], say=say) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)
@@ -122,8 +126,8 @@ class Known:
 
     def confirmed(self) -> list[Row]:
         """All confirmed rows, and the controls."""
-        rows = [row for rows in self._rows.values() for row in rows if row["kind"] == "confirm"]
-        return rows + [row for rows in self._controls.values() for row in rows]
+        rows = [confirmed_rows(self._prepared.searches[w].config, rows) for w, rows in self._rows.items()]
+        return [row for some in (*rows, *self._controls.values()) for row in some]
 
     def summary(self) -> dict[str, Any]:
         """`bench.matrix_summary` of each network, and the budget."""
@@ -136,7 +140,8 @@ class Known:
             "scaling": config.scaling,
             "trials": budget.trials,
             "epochs": budget.epochs,
-            "complete": all(is_complete(self._prepared.searches[w].config, rows) for w, rows in self._rows.items()),
+            "complete": all(is_complete(self._prepared.searches[w].config, rows) for w, rows in self._rows.items())
+            and all(len(rows) >= len(CONTROLS) * budget.confirm_seeds for rows in self._controls.values()),
             "archs": archs,
         }
 
@@ -165,7 +170,7 @@ class Known:
             rule=wanted.rule,
             primitives=() if wanted.rule == ANY else parse_rule(wanted.rule).primitives,
             searched=[row for row in rows if row["kind"] == "search"],
-            confirmed=[row for row in rows if row["kind"] == "confirm"],
+            confirmed=confirmed_rows(self._prepared.searches[wanted].config, rows),
             control=wanted.rule in BESIDE,
             complete=is_complete(self._prepared.searches[wanted].config, rows),
         )
@@ -190,13 +195,26 @@ def _controls(prepared: Prepared, arch: str) -> list[Row]:
 def is_complete(config: StudyConfig, rows: Sequence[Row]) -> bool:
     """Whether these rows are all that the search is to leave: its trials, and its best with every fresh seed."""
     trials = config.trials if Space.from_dict(config.space).searched else 1
-    searched = sorted((row for row in rows if row["kind"] == "search"), key=lambda row: row["uid"])
-    finished = [row for row in searched if row["status"] == "finished"]
-    if len(searched) < trials or not finished:
-        return len(searched) >= trials
-    best = max(finished, key=lambda row: row["metrics"]["val_acc"])
-    ours = [row for row in rows if row["kind"] == "confirm" and row["status"] != "failed" and same_setting(row, best)]
+    searched = len([row for row in rows if row["kind"] == "search"])
+    if searched < trials or best_trial(rows) is None:
+        return searched >= trials
+    ours = [row for row in confirmed_rows(config, rows) if row["status"] != "failed"]
     return {row["config"]["seed"] for row in ours} >= set(confirm_seeds(config))
+
+
+def confirmed_rows(config: StudyConfig, rows: Sequence[Row]) -> list[Row]:
+    """The confirmed runs of the search's best trial: one for each fresh seed, of several attempts the last.
+
+    Of what a smaller budget had as its best, and of further configurations that the search confirmed, none: the best of
+    several confirmed ones would be one choice more than the other searches have.
+    """
+    best = best_trial(rows)
+    found: dict[int, Row] = {}
+    for row in rows:
+        seed = row["config"]["seed"]
+        if row["kind"] == "confirm" and best is not None and same_setting(row, best) and seed in confirm_seeds(config):
+            found[seed] = row
+    return [found[seed] for seed in sorted(found)]
 
 
 def outlook(prepared: Prepared) -> list[dict[str, Any]]:
@@ -212,7 +230,7 @@ def outlook(prepared: Prepared) -> list[dict[str, Any]]:
         config, rows = ready.config, read(ready)
         trials = config.trials if Space.from_dict(config.space).searched else 1
         searched = sum(row["kind"] == "search" for row in rows)
-        confirmed = sum(row["kind"] == "confirm" for row in rows)
+        confirmed = sum(row["status"] != "failed" for row in confirmed_rows(config, rows))
         left = max(0, trials - searched) + max(0, config.confirm_seeds - confirmed)
         if left and w.arch not in pace:
             plain = trial_config(config, {}, rule="backprop")
@@ -230,6 +248,16 @@ def outlook(prepared: Prepared) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _comparable(subset: StudyConfig, whole: StudyConfig) -> bool:
+    """Whether they differ in no more than what each searches, and how many trials it has."""
+    ours, theirs = (
+        {name: value for name, value in config.recipe.items() if name not in ("scaling", "centered")}
+        for config in (subset, whole)
+    )
+    fields = ("epochs", "seed", "confirm_seeds", "scheduler")
+    return ours == theirs and all(getattr(subset, name) == getattr(whole, name) for name in fields)
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -254,7 +282,9 @@ def beside(ready: Ready, variant: Variant) -> dict[str, Any] | None:
             continue
         rules = [rule.name for rule in subsets(config.primitives)]
         wanted = [Wanted.of(rule, own.arch, own.dataset, variant) for rule in rules]
-        known = {w: begun for w in wanted if (begun := find_study(results, w.name)) is not None}
+        if len(rules) < len(subsets()):  # of other primitives than this search has
+            continue
+        known = {w: begun for w in wanted if (begun := find_study(results, w.name)) and _comparable(begun, own)}
         searches = {w: replace(ready, config=begun) for w, begun in known.items()}
         if searches:
             whole = Wanted.of(ANY, own.arch, own.dataset, variant)

@@ -68,10 +68,11 @@ class Cell:
             return "confirmed"
         if self.confirmed:
             return "every confirmed run failed"
-        found = {row["status"] for row in self.searched}
-        if "diverged" in found and found <= {"diverged", "failed"}:
+        status = [row["status"] for row in self.searched]
+        diverged, failed = status.count("diverged"), status.count("failed")
+        if diverged > failed and diverged + failed == len(status):
             return NOTHING_FINISHED
-        return "every trial failed" if found == {"failed"} else "not confirmed"
+        return "most trials failed" if failed and diverged + failed == len(status) else "not confirmed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +363,11 @@ def _comparisons(subsets: Sequence[_Study], chance: float, examples: int) -> dic
     }
 
 
+def _epochs(cells: Sequence[Cell]) -> set[int]:
+    """How long their trials were to train."""
+    return {row["config"]["epochs"] for cell in cells for row in cell.searched}
+
+
 def _any(cell: Cell, found: _Study | None, subsets: Sequence[_Study], given: Sequence[Cell]) -> dict[str, Any]:
     """The search over all subsets at once, against a search of each.
 
@@ -379,5 +385,5 @@ def _any(cell: Cell, found: _Study | None, subsets: Sequence[_Study], given: Seq
         "versus": versus(*(s.accuracies["test_acc"] for s in (subsets[0], found))) if found and subsets else None,
         "trials": trials,
         "matrix_trials": matrix,
-        "same_budget": trials == matrix,
+        "same_budget": trials == matrix and _epochs([cell]) == _epochs(given),
     }

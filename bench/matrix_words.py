@@ -193,6 +193,8 @@ def _cheapest(summary: Mapping[str, Any]) -> list[str]:
         f"{all_of_them['worse']} worse, and {all_of_them['not_distinguishable']} not distinguishable; "
         f"{all_of_them['at_chance']} learned nothing, {all_of_them['without_interval']} have no interval."
     ]
+    if all_of_them["at_chance"] == all_of_them["subsets"]:
+        return [*lines, "cheapest: none, for no subset learned anything."]
     if found is None:
         return [
             *lines,

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ RUN_STATUS = {
     "failed": "FAILED",
     "interrupted": "KILLED",
 }
+
+#: Held while a data set is entered: the trackers of one process write at the same time, each in its own thread.
+_DATASETS = threading.Lock()
 
 #: MLflow's limits a request: metrics; parameters or tags.
 _METRICS, _ENTRIES = 1000, 100
@@ -202,10 +206,16 @@ class Store:
 
     def _write_dataset(self, run_id: str, dataset: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         source = json.dumps({"name": dataset["name"], "sha256": dataset["digest"]})
         entry = Dataset(dataset["name"][:500], dataset["digest"][:36], "bench", source)
-        self._client.log_inputs(run_id, [DatasetInput(entry, [InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(entry, [InputTag("mlflow.data.context", "training")])]
+        with _DATASETS:
+            try:
+                self._client.log_inputs(run_id, inputs)
+            except MlflowException:  # MLflow looks and then inserts: another writer may have been between, once
+                self._client.log_inputs(run_id, inputs)
 
     def _end(self, run: _Run, outcome: str, when: int) -> None:
         self._client.set_terminated(run.run_id, RUN_STATUS[outcome], when)
@@ -314,8 +324,8 @@ class Store:
 
     def dataset(self, operation: Operation) -> None:
         parent = self._known_study(operation).parent
-        self._write_dataset(parent, operation["dataset"])
         self._write_tags(parent, operation["tags"])
+        self._write_dataset(parent, operation["dataset"])
 
     def end(self, operation: Operation) -> None:
         self._client.set_terminated(self._known_study(operation).parent, operation["status"], operation["time"])

@@ -17,8 +17,8 @@ STEPS = 3
 def seconds_per_epoch(config: TrialConfig, options: Options, *, threads: int) -> float:
     """Wall-clock seconds of one epoch of training, without its evaluation; trains `STEPS` steps twice for it."""
     torch.set_num_threads(threads)
-    steps = prepare(config, data_dir=options.data_dir, device="cpu").data.steps("train", config.batch_size)
-    few = config.replace(train_examples=STEPS * config.batch_size, val_fraction=type(config).val_fraction)
+    whole = prepare(config, data_dir=options.data_dir, device="cpu").data
+    few = config.replace(train_examples=min(STEPS * config.batch_size, whole.sizes["train"]))
     trial = prepare(few, data_dir=options.data_dir, device=options.device)
     for _ in range(2):
         started = time.perf_counter()
@@ -26,4 +26,5 @@ def seconds_per_epoch(config: TrialConfig, options: Options, *, threads: int) ->
         if trial.device.type == "cuda":
             torch.cuda.synchronize(trial.device)
         gone = time.perf_counter() - started
-    return gone / trial.data.steps("train", config.batch_size) * steps
+    timed, steps = (data.steps("train", config.batch_size) for data in (trial.data, whole))
+    return gone / timed * steps

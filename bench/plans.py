@@ -32,7 +32,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return self.scaling + (" centered" if self.centered else "")
+        return self.scaling + ("-centered" if self.centered else "")
 
     def recipe(self) -> dict[str, Any]:
         """As TrialConfig fields, where they are not the default."""
@@ -91,16 +91,33 @@ def plan(
         space = Space.from_dict(config.space)
         ready[w] = check(config, space, options, places.get(w.arch))
         places.setdefault(w.arch, ready[w].place)
+        if w in known:
+            _check_place(ready[w])
     return ready
+
+
+def _check_place(ready: Ready) -> None:
+    """UserError for a search that was begun on other data, or another kind of device: its rows are another thing."""
+    before = read_yaml(ready.folder / "study.yaml").get("runs_on")
+    if before != ready.place.key:
+        raise UserError(
+            f"study {ready.config.name!r} in {ready.place.options.results} was begun on {before!r} (device, digest of "
+            f"the data), and this is {ready.place.key!r}; use the same, or another --results."
+        )
 
 
 def _settle(name: str, given: Mapping[str, Any], known: Any) -> Any:
     if given.get(name) is not None:
         return given[name]
-    found = [getattr(config, name) for config in known if config.rule != ANY]  # whose budget is that of many
+    # the budget of a search over all subsets is that of many; of one with nothing to search, no matter
+    found = [getattr(config, name) for config in known if config.rule != ANY and _is_searched(config)]
     if name in MAY_GROW:
         return max(found, default=getattr(StudyConfig, name))
     return found[0] if found else getattr(StudyConfig, name)
+
+
+def _is_searched(config: StudyConfig) -> bool:
+    return bool(Space.from_dict(config.space).searched)
 
 
 def _config(wanted: Wanted, budget: Mapping[str, Any], changes: Mapping[str, Any]) -> StudyConfig:
@@ -131,20 +148,22 @@ def _same(known: StudyConfig, config: StudyConfig, options: Options) -> StudyCon
     if known.objective != "accuracy" or known.warm:
         how = f"its objective is {known.objective}" if known.objective != "accuracy" else "it had a warm start"
         raise UserError(f"{where} cannot be compared here ({how}); use another --results.")
-    searched = any("value" not in entry for entry in known.space.values())
+    searched = _is_searched(known)
     for name in BUDGET if searched else ("epochs", "seed"):
         was, now = getattr(known, name), getattr(config, name)
         if was != now and not (name in MAY_GROW and (name == "confirm_seeds" or was < now)):
             option = f"--{name.replace('_', '-')} {was}"
+            remedy = "Use" if known.rule == ANY else f"Use {option} for all, or use"
             raise UserError(
-                f"{where} has {name} = {was}, and this plan {now}: budgets must be equal. Use {option} for all, or "
-                "another --results."
+                f"{where} has {name} = {was}, and this plan {now}: budgets must be equal. {remedy} another --results."
             )
     if known.recipe != config.recipe:
         names = sorted({*known.recipe, *config.recipe})
         differ = [n for n in names if known.recipe.get(n) != config.recipe.get(n)]
-        said = ", ".join(f"{n} = {known.recipe.get(n, 'its default')}" for n in differ)
+        said = ", ".join(
+            f"{n} {known.recipe.get(n, 'not set')}, here {config.recipe.get(n, 'not set')}" for n in differ
+        )
         raise UserError(
-            f"{where} was trained with another recipe ({said}): repeat that with --set, or use another --results."
+            f"{where} was trained with another recipe ({said}): give the same --set, or use another --results."
         )
     return known.replace(trials=config.trials if searched else known.trials, confirm_seeds=config.confirm_seeds)

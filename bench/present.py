@@ -83,7 +83,8 @@ def _print_warm(out: Console, warm: Mapping[str, Any]) -> None:
         return
     out.print(
         f"warm start: {warm['level']:.2%} was reached at trial {warm['warm']}, and at trial {warm['cold']} in "
-        f"{warm['study']} (cold, the same budget): {warm['saved']} trials saved (one search each)",
+        f"{warm['study']} (cold, the same budget): {warm['saved']} trials saved. In the end warm had "
+        f"{warm['warm_best']:.2%}, cold {warm['cold_best']:.2%} (validation, one search each)",
         markup=False,
     )
 

@@ -73,12 +73,12 @@ def print_outlook(lines: Sequence[Mapping[str, Any]], concurrent: int) -> None:
 
 
 def _begin(out: Console, outcome: str, summary: Mapping[str, Any]) -> None:
-    if outcome == "known":
-        out.print(f"{summary['study']} is finished; this is its result.", markup=False)
     if outcome == "interrupted":
         out.print("interrupted: the same command goes on from here. What is known by now:", markup=False)
     elif not summary["complete"]:
-        out.print("not all of it is known yet; the same command goes on.", markup=False)
+        out.print("what was asked for is done, and not all of the whole is known yet:", markup=False)
+    elif outcome == "known":
+        out.print(f"{summary['study']} is finished; this is its result.", markup=False)
     for name in summary["busy"]:
         out.print(f"left out, because another process has it: {name}", markup=False)
 

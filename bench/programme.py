@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +158,7 @@ class Programme:
             confirmed=campaign.confirm_rows(),
             controls=campaign.control_rows(),
             summary=summary,
-            complete=campaign.complete and not campaign.running,
+            complete=campaign.complete and not campaign.running and not campaign.awaits_controls(),
         )
         self.found[member.ready.config.name] = found
         member.over = True
@@ -187,14 +187,16 @@ class Programme:
 
 @contextmanager
 def recorded(
-    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say
+    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say, shared: bool = False
 ) -> Iterator[Tracker]:
     """A plan's own folder, claimed for this process, and its run in MLflow. ``book``: the file that keeps ``config``.
 
-    UserError where the folder is of something else, or was begun with other data or another kind of device.
+    ``shared``: it has no runs of its own, and several processes may carry it out. UserError where the folder is of
+    something else, was begun with other data or another kind of device, or with a plan that this one does not cover.
     """
     folder = place.options.results / name
-    with claimed(folder):
+    with ExitStack() as claim:
+        claim.enter_context(claimed(folder))
         check_kind(folder, book)
         path = folder / book
         before = read_yaml(path) if path.exists() else {}
@@ -203,13 +205,38 @@ def recorded(
                 f"{name!r} was begun on {before.get('runs_on')!r} (device, digest of the data), and this is "
                 f"{place.key!r}; use the same, or another --name."
             )
+        check_covers(name, before.get("config", {}), config)
         identity = str(before.get("id") or uuid.uuid4().hex)
         write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
+        if shared:
+            claim.close()
         spool = place.options.results / "spool"
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
-            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity)
+            live = None if shared else ()
+            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity, live=live)
             tracker.dataset(*place.dataset)
             yield tracker
+
+
+def check_covers(name: str, before: Mapping[str, Any], config: Strict) -> None:
+    """A plan may grow: lists by further entries, numbers upwards. UserError for any other change."""
+    for key, now in config.to_dict().items():
+        was = before.get(key, now)
+        if isinstance(now, list):
+            covers = isinstance(was, list) and set(was) <= set(now)
+        else:
+            covers = was == now or (isinstance(now, int) and isinstance(was, int) and was <= now)
+        if not covers:
+            raise UserError(
+                f"{name!r} was begun with {key} = {was}, which {now} does not cover: one folder is one plan, which may "
+                "grow; name those, too, or give this another --name."
+            )
+
+
+def check_own_name(name: str, searches: Iterable[Ready]) -> None:
+    """UserError for a plan that has the name of one of its own searches: one folder cannot be both."""
+    if name in {ready.config.name for ready in searches}:
+        raise UserError(f"--name {name}: that is one of its own searches; give the whole another --name.")
 
 
 def conclude(

@@ -42,6 +42,13 @@ def same_setting(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(row["config"][name] == other["config"][name] for name in ("rule", "coefficients", *UPDATES))
 
 
+def best_trial(rows: Iterable[Mapping[str, Any]]) -> Row | None:
+    """The search's best: of its finished trials that of the highest validation accuracy; of equals, the earlier."""
+    finished = [row for row in rows if row["kind"] == "search" and row["status"] == "finished"]
+    ranked = sorted(finished, key=lambda row: (-row["metrics"]["val_acc"], row["uid"]))
+    return dict(ranked[0]) if ranked else None
+
+
 def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
     """One configuration over its seeds: estimates of each metric, and its paired difference to the reference.
 

@@ -18,11 +18,11 @@ from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.config import Strict, TrialConfig, check_range, digest
 from bench.place import Options, Place
 from bench.plans import Variant, Wanted, plan
-from bench.programme import Follower, Programme, Say, Searched, conclude, recorded
+from bench.programme import Follower, Programme, Say, Searched, check_own_name, conclude, recorded
 from bench.rows import Row, RowFile
 from bench.runs import Outcome, Planned, carry_out
 from bench.space import UPDATE_FIELDS, Range, Space
-from bench.summary import REFERENCE, same_setting
+from bench.summary import REFERENCE, best_trial, same_setting
 from bench.tracking import Tracker
 from bench.transfer_summary import Carried, Pair, summarize_transfer
 
@@ -91,6 +91,7 @@ def prepare_transfer(
     }
     wanted = [w for route in routes for w in (route.source, route.target)]
     searches = plan(wanted, given=given, changes=changes, options=options)
+    check_own_name(config.name, searches.values())
     return Prepared(config=config, routes=tuple(routes), searches=searches)
 
 
@@ -165,16 +166,8 @@ class Transfer(Follower):
         return [rows[i] for i in spread_out(points, first, self._config.configs + 1)]
 
     def _best(self, wanted: Wanted) -> Row | None:
-        """A row of the best configuration: by the confirmed validation mean, else by the search."""
-        if wanted not in self._found:
-            return None
-        found = self._found[wanted]
-        confirmed = found.summary["confirmed"]
-        if confirmed and confirmed[0]["val_acc"]:
-            seed, config = confirmed[0]["seeds"][0], confirmed[0]["config"]
-            return {"config": {**config, "seed": seed}}
-        finished = [row for row in found.searched if row["status"] == "finished"]
-        return max(finished, key=lambda row: row["metrics"]["val_acc"], default=None)
+        """The best trial of a search, which is what it confirmed."""
+        return best_trial(self._found[wanted].searched) if wanted in self._found else None
 
     # --- what is known
 
@@ -236,9 +229,8 @@ class Transfer(Follower):
 
 
 def _of_best(found: Searched) -> list[Row]:
-    """The confirmed rows of the best configuration."""
-    confirmed = found.summary["confirmed"]
-    best = {"config": confirmed[0]["config"]} if confirmed else None
+    """The confirmed rows of the best trial."""
+    best = best_trial(found.searched)
     return [] if best is None else [row for row in found.confirmed if same_setting(row, best)]
 
 
@@ -286,7 +278,8 @@ def transfer(
         with Programme(config.name, list(prepared.searches.values()), say=say, then=source) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)
-            over = all(found.complete for found in programme.found.values()) and not programme.busy
+            ended = [found for found in programme.found.values() if found.complete]
+            over = len(ended) == len(prepared.searches)
             summary = {**source.summary(over=over), "busy": programme.busy}
         return outcome, conclude(tracker, folder, BOOK, summary, headline(summary), outcome)
 

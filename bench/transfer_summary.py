@@ -222,22 +222,23 @@ def _val_acc(rows: Iterable[Row]) -> list[float]:
 
 
 def _lost(pair: Pair) -> dict[str, Any]:
-    """Of the top quarter at home: ``count`` of ``of`` diverged away, or are at chance there; share, low and high.
+    """Of the top quarter at home: ``count`` of ``of`` diverged away, or fell to chance there; share, low and high.
 
     ``top``: ceil(n / 4) of the n with an accuracy at home, the best; of equal ones the first given. Those that have
-    none away (``failed``, ``missing``) are not in ``of``. ``nothing_to_lose``: those at chance at home too.
+    none away (``failed``, ``missing``) are not in ``of``, nor those at chance at home, which had ``nothing_to_lose``.
     """
     ranked = sorted(
         (run for run in pair.carried if run.home["status"] != "failed"), key=lambda run: -run.home["metrics"]["val_acc"]
     )
     top = ranked[: math.ceil(len(ranked) * TOP)]
     both, bound = _compared(top), above_chance(pair.chance, pair.examples)
-    count = sum(away["status"] == "diverged" or away["metrics"]["val_acc"] <= bound for _, away in both)
+    learned = [away for home, away in both if home["metrics"]["val_acc"] > bound]
+    count = sum(away["status"] == "diverged" or away["metrics"]["val_acc"] <= bound for away in learned)
     return {
-        **(share(count, len(both)).to_dict() if both else _NO_SHARE),
+        **(share(count, len(learned)).to_dict() if learned else _NO_SHARE),
         "top": len(top),
         **_gaps(top),
-        "nothing_to_lose": sum(home["metrics"]["val_acc"] <= bound for home, _ in both),
+        "nothing_to_lose": len(both) - len(learned),
     }
 
 

@@ -18,7 +18,7 @@ PAIRS_CAPTION = (
     "moved back: the same for the target's best on the source. Where it is 'higher' there, the source's search missed "
     "what suits both, and a regret is not one of the network alone",
     "ρ: Spearman's, of the validation accuracies of the same configurations on both (n); diverged runs stand at chance",
-    "lost: of the source's best quarter, how many diverge or are at chance on the target",
+    "lost: of the source's best quarter (those above chance there), how many diverge or fall to chance on the target",
     "± is the standard deviation over seeds (n); each verdict is one 95 % interval by itself",
 )
 #: Under `matrix_rows`.

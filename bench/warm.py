@@ -29,7 +29,14 @@ def warm_trials(results: Path, source: str, config: StudyConfig, space: Space) -
     known = find_study(results, source)
     if known is None:
         raise UserError(f"--warm-from {source}: there is no search of this name in {results}.")
-    if known.rule != config.rule or config.rule == ANY:
+    if config.rule == ANY:
+        raise UserError("--warm-from is of one rule's coefficients, and has no effect on --rule any: leave it out.")
+    if (known.arch, known.dataset) == (config.arch, config.dataset):
+        raise UserError(
+            f"--warm-from {source}: it is of the same network and data, so that its trials would cost nothing here; to "
+            "go on with it, give it a larger --trials."
+        )
+    if known.rule != config.rule:
         raise UserError(f"--warm-from {source}: it is of the rule {known.rule!r}, and this of {config.rule!r}.")
     for name in ("scaling", "centered"):
         if known.recipe.get(name) != config.recipe.get(name):
@@ -48,35 +55,45 @@ def warm_trials(results: Path, source: str, config: StudyConfig, space: Space) -
 def saved(results: Path, config: StudyConfig, cold: str) -> dict[str, Any]:
     """How many trials a warm start saved against the search ``cold``, of the same budget and without it.
 
-    ``level`` is the best validation accuracy that both reached (the lower one of their bests); ``warm`` and ``cold``
-    are the numbers of trials, from 1, until each had a trial of its full budget at that level; ``saved`` is their
-    difference. One search each: without an interval. ``reason``: why there is nothing to compare.
+    ``level`` is the best validation accuracy that both reached (the lower one of ``warm_best`` and ``cold_best``);
+    ``warm`` and ``cold`` are the numbers of trials, from 1, until each had a trial of its full budget at that level;
+    ``saved`` is their difference. One search each: without an interval. ``reason``: why there is nothing to compare.
     """
     other = find_study(results, cold)
-    nothing = {"study": cold, "level": None, "warm": None, "cold": None, "saved": None}
+    names = ("level", "warm", "cold", "saved", "warm_best", "cold_best")
+    nothing = {"study": cold, **dict.fromkeys(names)}
     if other is None:
         return {**nothing, "reason": "there is no cold search of the same budget; the same command without --warm-from"}
     differ = [name for name in _SAME if getattr(other, name) != getattr(config, name)]
     if differ:
         return {**nothing, "reason": f"{cold} differs in {', '.join(differ)}"}
+    if other.warm:
+        return {**nothing, "reason": f"{cold} had a warm start, too"}
+    if short := [name for name in (config.name, cold) if len(_trials(results, name)) < config.trials]:
+        return {**nothing, "reason": f"{' and '.join(short)} has not run all of its trials"}
     ours, theirs = _finished(results, config.name), _finished(results, cold)
     if not ours or not theirs:
         return {**nothing, "reason": "one of the two has no finished trial"}
-    level = min(max(row["metrics"]["val_acc"] for row in rows) for rows in (ours, theirs))
-    warm, other_way = _first(ours, level), _first(theirs, level)
-    return {"study": cold, "level": level, "warm": warm, "cold": other_way, "saved": other_way - warm, "reason": None}
+    bests = [max(row["metrics"]["val_acc"] for row in rows) for rows in (ours, theirs)]
+    level = min(bests)
+    warm, later = _first(ours, level), _first(theirs, level)
+    found = {"level": level, "warm": warm, "cold": later, "saved": later - warm}
+    return {"study": cold, **found, "warm_best": bests[0], "cold_best": bests[1], "reason": None}
 
 
 #: What a cold search must have in common with a warm one.
 _SAME = ("rule", "arch", "dataset", "trials", "epochs", "seed", "sampler", "scheduler", "objective", "recipe", "space")
 
 
-def _finished(results: Path, study: str) -> list[Row]:
-    """The trials of a search that had their full budget, in the order in which they were proposed."""
+def _trials(results: Path, study: str) -> list[Row]:
+    """The trials of a search, in the order in which they were proposed."""
     rows = RowFile(results / study / "rows.jsonl", say=lambda _: None).read()
-    return sorted(
-        (row for row in rows if row["kind"] == "search" and row["status"] == "finished"), key=lambda row: row["uid"]
-    )
+    return sorted((row for row in rows if row["kind"] == "search"), key=lambda row: row["uid"])
+
+
+def _finished(results: Path, study: str) -> list[Row]:
+    """Those that had their full budget."""
+    return [row for row in _trials(results, study) if row["status"] == "finished"]
 
 
 def _first(rows: Sequence[Mapping[str, Any]], level: float) -> int:

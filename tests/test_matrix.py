@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def run(folder: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
 
 def test_all_subsets_beside_the_controls(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     made = stage(trained)
-    outcome, summary = run(tmp_path)
+    outcome, summary = run(tmp_path, any=True)
     assert outcome == "done"
     assert summary["complete"]
-    trained_rules = Counter(config.rule for _, config in made.runs)
+    trained_rules = Counter(config.rule for uid, config in made.runs if not uid.startswith("any"))
     expected = {"+".join(s) for n in range(1, 6) for s in itertools.combinations(PRIMITIVE_NAMES, n)}
     assert len(expected) == 31
     controls = {"backprop": 3, "feedback": 3, "sign": 4, "frozen": 4, "kolen-pollack": 5}  # by seeds; with a trial; two
@@ -58,6 +59,24 @@ def test_all_subsets_beside_the_controls(tmp_path: Path, stage: Callable[[Formul
     assert len(table) == 31 + 5
     assert [line["name"] for line in table[:2]] == ["backprop", "decay+amp+null+sparse+self"]  # 0.9, and 0.63
     the_effects_are_those_of_the_formula(summary["archs"]["lenet"])
+
+    # one search over all subsets, of the budget of them all, is compared with the best of them
+    found = summary["archs"]["lenet"]["any"]
+    assert found["trials"] == found["matrix_trials"] == 2 * 31
+    assert found["same_budget"]
+    tried = {config.rule for uid, config in made.runs if uid.startswith("any-lenet-digits-00")}
+    assert len(tried) > 10
+    assert tried <= {"feedback", *(rule.name for rule in subsets())}
+    searches = prepared(tmp_path, any=True).searches
+    whole = next(ready for w, ready in searches.items() if w.rule == ANY)
+    assert beside(whole, Variant()) == found
+    # its budget, where nobody names one, is that of the searches that were found
+    config = MatrixConfig(name="m", archs=("lenet",), dataset="digits", any=True)
+    options = Options(results=tmp_path)
+    known = prepare_matrix(config, Variant(), only=(), given={}, changes={}, options=options).searches.values()
+    assert {(ready.config.epochs, ready.config.confirm_seeds) for ready in known} == {(1, 3)}
+    longer = replace(whole, config=whole.config.replace(epochs=2))
+    assert beside(longer, Variant()) is None
 
 
 def the_effects_are_those_of_the_formula(found: dict[str, Any]) -> None:
@@ -139,18 +158,69 @@ def test_a_subset_that_always_diverges_stands_at_chance(tmp_path: Path, stage: C
     assert amp["lost"]["count"] == amp["lost"]["of"] == 2
 
 
-def test_one_search_over_all_subsets_beside_it(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+def test_one_search_over_all_subsets_has_all_five_and_the_budget_of_the_rest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="searches all five"):
+        prepared(tmp_path, primitives=("amp", "sparse"), any=True)
+    searches = prepared(tmp_path, any=True, epochs=3).searches
+    (whole,) = [ready.config for w, ready in searches.items() if w.rule == ANY]
+    assert (whole.trials, whole.epochs, whole.sampler) == (2 * 31, 3, "random")
+    default = prepared(tmp_path, any=True, sampler=None).searches
+    assert [ready.config.sampler for w, ready in default.items() if w.rule == ANY] == ["tpe"]
+
+
+def test_a_folder_is_one_plan_which_may_grow(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    stage(trained)
+    run(tmp_path, primitives=("decay",))
+    run(tmp_path, primitives=("decay", "self"))
+    with pytest.raises(UserError, match=r"begun with primitives = \['decay', 'self'\]"):
+        run(tmp_path, primitives=("decay",))
+
+
+def test_several_processes_carry_out_one_matrix(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    """While one is at work (its searches claimed), another one does the rest, under the same name."""
     made = stage(trained)
-    two = ("amp", "sparse")
-    _, summary = run(tmp_path, primitives=two, any=True)
-    found = summary["archs"]["lenet"]["any"]
-    assert found["trials"] == found["matrix_trials"] == 2 * 3
-    assert found["same_budget"]
-    trials = [config for uid, config in made.runs if uid.startswith("any-lenet-digits-0")]
-    assert len(trials) == 6
-    assert {config.rule for config in trials} <= {"feedback", *(rule.name for rule in subsets())}
-    whole = next(ready for w, ready in prepared(tmp_path, primitives=two, any=True).searches.items() if w.rule == ANY)
-    assert beside(whole, Variant()) == found
+    other: list[tuple[str, dict[str, Any]]] = []
+
+    def second(config: TrialConfig) -> float | None:
+        if not other and config.rule == "mirror":
+            other.append(("begun", {}))
+            other.append(run(tmp_path, primitives=("decay", "amp"), only=("sign",)))
+        return trained(config)
+
+    made.formula = second
+    outcome, summary = run(tmp_path, primitives=("decay", "amp"))
+    assert other[1][0] == "done"
+    assert (outcome, summary["complete"]) == ("done", True)
+    assert max(Counter(uid for uid, _ in made.runs).values()) == 1
+
+
+def test_rows_of_other_data_are_refused_before_anything_runs(
+    tmp_path: Path,
+    stage: Callable[[Formula], Stage],  # noqa: F811
+) -> None:
+    stage(trained)
+    run(tmp_path, primitives=("decay",))
+    path = tmp_path / "decay-lenet-digits" / "study.yaml"
+    path.write_text(path.read_text().replace("runs_on: cpu", "runs_on: cuda"))
+    with pytest.raises(UserError, match="use the same, or another --results"):
+        prepared(tmp_path, primitives=("decay", "amp"))
+
+
+def test_a_plan_has_a_name_of_its_own(tmp_path: Path) -> None:
+    config = MatrixConfig(name="decay-lenet-digits", archs=("lenet",), dataset="digits", primitives=("decay",))
+    with pytest.raises(UserError, match="one of its own searches"):
+        prepare_matrix(config, Variant(), only=(), given={}, changes={}, options=Options(results=tmp_path))
+
+
+def test_of_a_grown_study_the_current_best_counts(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    made = stage(lambda config: 0.5 + 0.4 * (config.seed == 1000) if config.rule == "decay" else trained(config))
+    run(tmp_path, primitives=("decay",), confirm_seeds=1)
+    # the trial that is new is the best of the search, and confirms worse than the lucky one before
+    made.formula = lambda config: 0.55 if config.rule == "decay" else trained(config)
+    _, summary = run(tmp_path, primitives=("decay",), trials=4)
+    (line,) = [line for line in summary["archs"]["lenet"]["table"] if line["name"] == "decay"]
+    assert line["test_acc"]["n"] == 3
+    assert line["test_acc"]["mean"] == pytest.approx(0.54)
 
 
 def test_what_would_run_is_said_and_nothing_written(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811

@@ -190,6 +190,14 @@ def test_another_recipe_is_refused(tmp_path: Path, stage: Callable[[Formula], St
         prepare_transfer(config, [Variant()], given={}, changes={"lr": 0.5}, options=Options(results=tmp_path))
 
 
+def test_a_transfer_grows_and_is_no_other(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    stage(trained)
+    run(tmp_path)
+    run(tmp_path, rules=("sparse", "symmetric"), configs=4, both=True)
+    with pytest.raises(UserError, match="does not cover"):
+        run(tmp_path, rules=("symmetric",), configs=4, both=True)
+
+
 def test_points_are_spread_out() -> None:
     """By hand: from 0.2, the farthest is 1.0, then 0.6 (0.4 from both), then 0.0."""
     points = [(0.2,), (0.0,), (1.0,), (0.6,), (0.25,)]

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
-from bench.config import Scaling, StudyConfig, UserError, unknown
+from bench.config import Scaling, StudyConfig, UserError, check_range, unknown
 from bench.files import parse_scalar
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 #: What ``--sigma`` calls the levels of `bench.noise.CORRUPTION_SEVERITIES`.
 BENCHMARKS = ("imagenet-c", "cifar10-c")
+
+#: The longest name of a study, in characters.
+LONGEST_NAME = 100
 
 #: Folders under the results that are no study's.
 KEPT_FOLDERS = ("controls", "published", "spool", "train")
@@ -96,6 +99,9 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 def budget_of(given: argparse.Namespace) -> dict[str, Any]:
     """What the user said of `add_budget`'s options."""
     names = ("trials", "epochs", "confirm_seeds", "seed", "sampler", "scheduler")
+    check_range(
+        "--confirm-seeds", "confirm_seeds", given.confirm_seeds, 1
+    )  # what is compared here is what is confirmed
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
@@ -104,7 +110,7 @@ def add_scaling(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     known = ", ".join(get_args(Scaling))
     text = f"of what amp, sparse and null see: {known}"
     if several:
-        text += "; several with commas between; all: each of them, centered and not"
+        text += "; also as NAME-centered; several with commas between; all: each of them, centered and not"
     parser.add_argument("--scaling", default="reference", metavar="S[,S...]" if several else "S", help=text)
     parser.add_argument("--centered", action="store_true", help="they see it without its mean, channel by channel")
 
@@ -220,6 +226,8 @@ def follow(log: Path, work: Callable[[Say, Watch], T]) -> T:
 
 
 def check_name(name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise UserError(f"the name {name} is longer than {LONGEST_NAME} characters: give a shorter --name.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name) or name in KEPT_FOLDERS:
         raise UserError(f"--name {name!r}: use letters, digits and . _ + - (and not a folder that bench itself keeps).")
     return name

@@ -44,6 +44,7 @@ def add(verbs: Any) -> None:
 
 
 def _matrix(given: argparse.Namespace) -> int:
+    from bench.campaign import CONTROLS
     from bench.learning.rules import ANY, parse_rule, subsets
     from bench.matrix import BESIDE, MatrixConfig, matrix, outlook, prepare_matrix
     from bench.models import check_arch
@@ -60,6 +61,8 @@ def _matrix(given: argparse.Namespace) -> int:
     only = [name if name == ANY else parse_rule(name).name for name in only]
     rules = [rule.name for rule in subsets(primitives)]
     for name in only:
+        if name in CONTROLS:
+            raise UserError(f"--only {name}: it runs beside every search; name a search.")
         if name not in (*rules, *BESIDE, *([ANY] if given.any else [])):
             raise UserError(f"--only {name}: not in this matrix; it has subsets of {', '.join(primitives)}.")
     variant = Variant(scaling=scaling_of(given), centered=given.centered)

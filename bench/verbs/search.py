@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -98,6 +99,8 @@ def _search(given: argparse.Namespace) -> int:
         space=space.to_dict(),
     )
     if given.warm_from:
+        if config.name == name:
+            raise UserError(f"--name {name}: that is the name of the cold search; give the warm one another.")
         warm = warm_trials(given.results, given.warm_from, config, space)
         config = config.replace(warm_from=given.warm_from, warm=warm)
     ready = check(config, space, options_of(given))
@@ -116,7 +119,12 @@ def _run_search(given: argparse.Namespace, ready: Ready, variant: Variant, *, co
     log = ready.folder / "ray.log"
     outcome, summary = follow(log, lambda say, watch: search(ready, say=say, watch=watch))
     summary["warm"] = saved(given.results, ready.config, cold) if given.warm_from else None
-    summary["matrix"] = beside(ready, variant) if ready.config.rule == ANY else None
+    summary["matrix"] = None
+    if ready.config.rule == ANY:
+        try:
+            summary["matrix"] = beside(ready, variant)
+        except UserError as error:  # of the matrix: the search itself is done
+            print(f"bench: {error}", file=sys.stderr)
     return conclude(given, outcome, summary, ready.place.options, print_search)
 
 

@@ -92,5 +92,6 @@ def _variants(given: argparse.Namespace) -> list[Variant]:
         if given.centered:
             raise UserError("--scaling all is each of them, centered and not: leave --centered out.")
         return [Variant(scaling=scaling, centered=centered) for scaling in known for centered in (False, True)]
-    named = names("scaling", given.scaling, known)
-    return [Variant(scaling=scaling, centered=given.centered) for scaling in known if scaling in named]
+    both = {Variant(scaling=s, centered=c).label: Variant(scaling=s, centered=c) for s in known for c in (False, True)}
+    named = [both[label] for label in names("scaling", given.scaling, both)]
+    return list(dict.fromkeys(Variant(scaling=v.scaling, centered=v.centered or given.centered) for v in named))
