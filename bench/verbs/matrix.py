@@ -63,7 +63,9 @@ def _matrix(given: argparse.Namespace) -> int:
     for name in only:
         if name in CONTROLS:
             raise UserError(f"--only {name}: it runs beside every search; name a search.")
-        if name not in (*rules, *BESIDE, *([ANY] if given.any else [])):
+        if name == ANY and not given.any:
+            raise UserError("--only any: that search is part of the matrix with --any; add it.")
+        if name not in (*rules, *BESIDE, ANY):
             raise UserError(f"--only {name}: not in this matrix; it has subsets of {', '.join(primitives)}.")
     variant = Variant(scaling=scaling_of(given), centered=given.centered)
     name = study_name("matrix", "-".join(archs), given.dataset, scaling=variant.scaling, centered=variant.centered)
