@@ -103,14 +103,20 @@ class Transfer(Follower):
         self._config, self._routes, self._searches = prepared.config, prepared.routes, prepared.searches
         self._found: dict[Wanted, Searched] = {}
         self._plans: dict[str, Planned] = {}
+        self._had: dict[str, Row] = {}  # what the searches have run already, by the name that it would have here
 
     def learned(self, found: Searched) -> None:
         wanted = next(w for w, ready in self._searches.items() if ready.config.name == found.ready.config.name)
         self._found[wanted] = found
         for known in (*found.confirmed, *found.controls):
             self._tracker.record(known["uid"], known["kind"], known)
+        for row in (*found.searched, *found.confirmed):
+            if row["status"] in ("finished", "diverged"):
+                config = TrialConfig.from_dict(row["config"])
+                self._had[self._uid(config, read_test=row["test_read"])] = row
+        self._plans = {}
         for route in self._routes:
-            if route.source in self._found:
+            if {route.source, route.target} <= set(self._found):
                 self._plans |= self._of(route)
 
     # --- what there is to run
@@ -126,7 +132,7 @@ class Transfer(Follower):
         return engine.WAIT if self._running else None
 
     def _of(self, route: Route) -> dict[str, Planned]:
-        """The runs of a route whose source is searched; the control's too, once the target is."""
+        """The runs of a route, but for those that its searches had."""
         found: dict[str, Planned] = {}
         for row in self._carried(route.source):
             if row["status"] == "stopped":  # on the source it had no full budget yet
@@ -149,10 +155,13 @@ class Transfer(Follower):
 
     def _planned(self, config: TrialConfig, *, read_test: bool = False) -> dict[str, Planned]:
         uid = self._uid(config, read_test=read_test)
+        if uid in self._had:
+            return {}
         return {uid: Planned(config=config, kind="transfer", options={"read_test": True} if read_test else {})}
 
     def _run_of(self, config: TrialConfig, *, read_test: bool = False) -> Row | None:
-        return self._row_of(self._uid(config, read_test=read_test))
+        uid = self._uid(config, read_test=read_test)
+        return self._had.get(uid) or self._row_of(uid)
 
     def _carried(self, source: Wanted) -> list[Row]:
         """The source's best and more of its configurations, spread over its space; none if nothing finished there."""

@@ -143,6 +143,21 @@ def test_both_directions_share_their_runs(tmp_path: Path, stage: Callable[[Formu
     assert max(Counter(uid for uid, _ in made.runs).values()) == 1
 
 
+def test_what_a_search_has_run_already_is_not_run_again(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    """Two networks with one space and one seed draw the same first trials: these are carried over already."""
+    made = stage(lambda config: 0.5 - abs(math.log10(config.coefficients.get("sparse", 1e-5)) + 5) / 100)
+    config = TransferConfig(name="t", rules=("sparse",), source="resnet18", targets=("resnet20",), dataset="digits")
+    given = {"trials": 6, "epochs": 2, "scheduler": "none", "sampler": "random", "confirm_seeds": 3}
+    plan = prepare_transfer(config, [Variant()], given=given, changes={}, options=Options(results=tmp_path))
+    outcome, summary = transfer(plan, say=lambda _: None)
+    assert outcome == "done"
+    assert rows(tmp_path / "t" / "rows.jsonl") == []
+    assert len({config.digest() for _, config in made.runs}) == len(made.runs)
+    (pair,) = summary["pairs"]
+    assert pair["rank"]["n"] == 5
+    assert pair["regret"]["test_acc"]["mean"] == pair["back_regret"]["test_acc"]["mean"] == 0
+
+
 def test_what_the_source_stopped_early_is_run_there_whole(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     stage(trained)
     _, summary = run(tmp_path, trials=9, epochs=9, scheduler="asha", configs=8)
