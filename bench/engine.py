@@ -258,6 +258,8 @@ def _variables(concurrent: int, cpus: float) -> dict[str, str]:
         "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1"),
         "RAY_AUTH_TOKEN": _TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # a node that is slow to answer on a busy machine is not dead; 5 missed answers ended a search of hours
+        "RAY_health_check_failure_threshold": "100",
         "RAY_worker_niceness": "0",  # 15 by default: beside anything else that runs, it would stand still
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in options mean the same there as here
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

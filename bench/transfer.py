@@ -203,6 +203,7 @@ class Transfer(Follower):
     def _pair(self, route: Route) -> Pair:
         source, target = self._found[route.source], self._found[route.target]
         place = target.ready.place
+        ours, theirs = self._best(route.source), self._best(route.target)
         return Pair(
             rule=route.source.rule,
             scaling=route.source.variant.label,
@@ -216,6 +217,7 @@ class Transfer(Follower):
             reference=[row for row in target.controls if row["config"]["rule"] == REFERENCE],
             chance=place.chance,
             examples=place.examples["val"],
+            same=bool(ours and theirs and same_setting(ours, theirs)),
         )
 
     def _carried_rows(self, route: Route) -> Iterator[Carried]:

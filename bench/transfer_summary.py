@@ -61,6 +61,7 @@ class Pair:
     ``carried``: the source's best, and K more. ``native``: the target's own best, there. ``moved``: the source's best,
     on the target. ``home``: the source's best, there. ``back``: the target's best, on the source. ``reference``:
     backprop on the target. ``chance``, ``examples``: of the target's validation split. Any of them may be empty.
+    ``same``: both searches chose one configuration, so that the regret is 0 whatever was run.
     """
 
     rule: str
@@ -75,6 +76,7 @@ class Pair:
     reference: Sequence[Row]
     chance: float
     examples: int
+    same: bool = False
 
 
 def summarize_transfer(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def summarize_transfer(pairs: Sequence[Pair]) -> dict[str, Any]:
 def portability(summary: Mapping[str, Any], rule: str, scaling: str) -> dict[str, Any]:
     """One rule's matrix: ``archs``; ``native`` {arch: test accuracy}; ``regret`` {source: {target: test regret}}.
 
-    Each is an estimate, or None where there is none; a pair that was not given is missing.
+    Each is an estimate, or None where there is none; a pair that was not given is missing. ``same``: the pairs (from,
+    to) in which both searches chose one configuration.
     """
     mine = [pair for pair in summary["pairs"] if (pair["rule"], pair["scaling"]) == (rule, scaling)]
     archs = [arch for arch in summary["archs"] if any(arch in (pair["source"], pair["target"]) for pair in mine)]
@@ -115,7 +118,8 @@ def portability(summary: Mapping[str, Any], rule: str, scaling: str) -> dict[str
     regret: dict[str, dict[str, Any]] = {arch: {} for arch in archs}
     for pair in mine:
         regret[pair["source"]][pair["target"]] = pair["regret"]["test_acc"]
-    return {"archs": archs, "native": native, "regret": regret}
+    same = [(pair["source"], pair["target"]) for pair in mine if pair["same"]]
+    return {"archs": archs, "native": native, "regret": regret, "same": same}
 
 
 def _pair(pair: Pair, regrets: Regrets) -> dict[str, Any]:
@@ -124,13 +128,14 @@ def _pair(pair: Pair, regrets: Regrets) -> dict[str, Any]:
     ``regret``, ``back_regret`` {val_acc, test_acc}: native − moved on the target and home − back on the source, paired
     by seed: mean, sd, n, low, high, and the ``verdict`` on the accuracy of the moved run (`MOVED`); or None.
     ``reason``: why there is no test regret. ``native``, ``moved``, ``home``, ``back``, ``reference``: see `_confirmed`.
-    ``rank``: see `_rank`. ``lost``: see `_lost`.
+    ``rank``: see `_rank`. ``lost``: see `_lost`. ``same``: as in `Pair`.
     """
     found: dict[str, Any] = {
         "rule": pair.rule,
         "scaling": pair.scaling,
         "source": pair.source,
         "target": pair.target,
+        "same": pair.same,
         "regret": {name: _said(values, MOVED) for name, values in regrets.items()},
         "back_regret": {name: _said(values, MOVED) for name, values in _by_seed_regrets(pair.home, pair.back).items()},
     }

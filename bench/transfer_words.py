@@ -32,6 +32,9 @@ RANKING_CAPTION = (
     "against the next: difference of the mean test regrets over the pairs that both have, paired by seed",
 )
 
+#: Instead of a regret of 0 that no run could have made another.
+SAME = "0: both chose the same"
+
 #: The headings of the tables.
 PAIR_COLUMNS = (
     "rule",
@@ -68,8 +71,8 @@ def pair_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{pair['source']} → {pair['target']}",
             _runs(pair["native"]),
             _runs(pair["moved"]),
-            difference(pair["regret"]["test_acc"]) if pair["reason"] is None else pair["reason"],
-            difference(pair["back_regret"]["test_acc"]),
+            pair["reason"] or (SAME if pair["same"] else difference(pair["regret"]["test_acc"])),
+            SAME if pair["same"] else difference(pair["back_regret"]["test_acc"]),
             _rank(pair["rank"]),
             _lost(pair["lost"]),
             _runs(pair["reference"]),
@@ -123,6 +126,8 @@ def _place(found: Mapping[str, Any], source: str, target: str) -> str:
     if source == target:
         return spread_of(found["native"][source])
     value = found["regret"][source].get(target)
+    if value is not None and (source, target) in found["same"]:
+        return SAME
     return NOTHING if value is None else f"{interval(value)} (n {value['n']})"
 
 

@@ -16,6 +16,7 @@ from bench.place import Options
 from bench.plans import Variant
 from bench.space import load_space
 from bench.transfer import TransferConfig, position, prepare_transfer, spread_out, transfer
+from bench.transfer_words import SAME, matrix_rows, pair_rows
 from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
 
 #: log10 of the best coefficient, and of the largest that does not diverge, by network.
@@ -63,6 +64,7 @@ def test_regret_is_what_the_formula_says(tmp_path: Path, stage: Callable[[Formul
     outcome, summary = run(tmp_path)
     assert outcome == "done"
     assert summary["complete"]
+    assert not summary["pairs"][0]["same"]
     (pair,) = summary["pairs"]
     ours, theirs = the_best(tmp_path, "resnet18"), the_best(tmp_path, "lenet")
     seeds = [1000, 1001, 1002]
@@ -156,6 +158,8 @@ def test_what_a_search_has_run_already_is_not_run_again(tmp_path: Path, stage: C
     (pair,) = summary["pairs"]
     assert pair["rank"]["n"] == 5
     assert pair["regret"]["test_acc"]["mean"] == pair["back_regret"]["test_acc"]["mean"] == 0
+    assert pair["same"]
+    assert pair_rows(summary)[0][5] == matrix_rows(summary, "sparse", "reference")[0][2] == SAME
 
 
 def test_what_the_source_stopped_early_is_run_there_whole(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
