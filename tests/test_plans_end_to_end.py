@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench.space import space_folder
 from rehearsal import rows
 
 QUICK = [
@@ -20,9 +22,19 @@ QUICK = [
 ]
 
 
+#: Another range on another network: with one space and one seed, both searches would draw the same single trial.
+ELSEWHERE = """
+arch:
+  resnet20:
+    decay: {min: 1e-2, max: 2e-2, scale: log, source: "this test"}
+"""
+#: The command line, with the search spaces of another folder.
+MAIN = "import sys, pathlib, bench.space as s, bench.cli as c; s.space_folder = lambda: pathlib.Path('spaces').resolve()"
+
+
 def bench(folder: Path, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.cli", *arguments, *QUICK],
+        [sys.executable, "-c", f"{MAIN}; sys.exit(c.main())", *arguments, *QUICK],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -51,6 +63,9 @@ def children(folder: Path, study: str) -> tuple[Any, list[Any], list[Any]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: Path) -> None:
+    spaces = shutil.copytree(space_folder(), tmp_path / "spaces")
+    with (spaces / "symmetric.yaml").open("a") as file:
+        file.write(ELSEWHERE)
     found = bench(tmp_path, "matrix", "--arch", "lenet", "--primitives", "decay,self")
     assert found["outcome"] == "done"
     assert found["complete"]
