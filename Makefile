@@ -14,13 +14,15 @@ DEMO_ARGS ?= --confirm-seeds 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 INSTALLED_DEV := $(VENV)/installed-dev
+INSTALLED_BROWSER := $(VENV)/installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-browser chromium check format clean
 
 help:
 	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
 	@echo "make check   formatter, linter, type checker, import rules"
 	@echo "make format  reformat"
 	@echo "make clean   remove the virtual environment and the caches (never results)"
@@ -30,6 +32,14 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
+
+test-browser: $(INSTALLED_BROWSER) chromium
+	$(BIN)/python -m pytest -m browser -rs
+
+# Debian's; elsewhere install any Chromium by hand. Without one, the tests are skipped and say so.
+chromium:
+	@command -v chromium >/dev/null || apt-get install -y chromium || \
+	{ apt-get update && apt-get install -y chromium; } || echo "no Chromium, and it could not be installed" >&2
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
@@ -51,6 +61,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 $(INSTALLED_DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $(INSTALLED) $@
+
+$(INSTALLED_BROWSER): $(INSTALLED_DEV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,browser]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \

@@ -18,11 +18,10 @@ from bench.config import StudyConfig, TrialConfig, TrialResult, digest
 from bench.learning.rules import parse_rule
 from bench.place import Place
 from bench.rows import Row, RowFile, result_of
-from bench.runs import FIRST_CONFIRM_SEED, Planned, Running, Runs
+from bench.runs import FIRST_CONFIRM_SEED, Planned, Recorder, Running, Runs
 from bench.space import Space
 from bench.study import Study
 from bench.summary import summarize
-from bench.tracking import Tracker
 
 #: The rules that every confirmed configuration stands beside.
 CONTROLS = ("backprop", "feedback")
@@ -76,7 +75,7 @@ def control_uid(config: TrialConfig, key: str) -> str:
 class Campaign(Runs):
     """The source of all runs of one search (an `engine.Source`), and the keeper of its rows."""
 
-    def __init__(self, ready: Ready, study: Study, tracker: Tracker, *, rows: RowFile, controls: RowFile) -> None:
+    def __init__(self, ready: Ready, study: Study, tracker: Recorder, *, rows: RowFile, controls: RowFile) -> None:
         files = {"search": rows, "confirm": rows, "control": controls}
         super().__init__(ready.config.name, ready.place, tracker, files)  # type: ignore[arg-type]
         self.config, self._space, self._study = ready.config, ready.space, study

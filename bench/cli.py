@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import bench
 from bench.config import UserError, unknown
-from bench.verbs import matrix, robustness, search, train, transfer
+from bench.verbs import compare, matrix, report, robustness, search, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_results, verb
 
 
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         transfer.add,
         matrix.add,
         robustness.add,
+        report.add,
+        compare.add,
         train.add_train,
         train.add_evaluate,
         _add_list,
@@ -69,6 +71,7 @@ def _add_ui(verbs: Any) -> None:
     p = verb(verbs, "ui", _ui, "open MLflow's user interface on the results")
     p.add_argument("--host", default="127.0.0.1", help="another than loopback exposes all runs, without a password")
     p.add_argument("--port", type=int, default=5000, help="the next free one, if it is taken")
+    p.add_argument("--optuna", action="store_true", help="Optuna's dashboard on the searches' journals, too")
     add_results(p)
 
 
@@ -106,6 +109,7 @@ def _ui(given: argparse.Namespace) -> int:
         tracking_uri=given.tracking_uri,
         host=given.host,
         port=given.port,
+        optuna=given.optuna,
         say=lambda line: print(line, flush=True),
     )
     return 0

@@ -9,54 +9,19 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.config import PRIMITIVE_NAMES, UserError
+from bench.config import UserError
 from bench.files import write_atomic
+from bench.looks import BLACK, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-#: Okabe & Ito 2008, told apart by the colour-blind; grey in the place of yellow, which vanishes on white.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How a rule is drawn, in every figure: colour, marker, dashes."""
-
-    color: str
-    marker: str
-    dash: str = "-"
-
-
-#: Whole lines for the rules that are compared most, dashes for single primitives and the control.
-LOOKS = {
-    "backprop": Look(color=BLACK, marker="o"),
-    "feedback": Look(color=ORANGE, marker="v"),
-    "sign": Look(color=SKY, marker="P"),
-    "kolen-pollack": Look(color=GREY, marker="X"),
-    "mirror": Look(color=PURPLE, marker="D"),
-    "information": Look(color=BLUE, marker="^"),
-    "symmetric": Look(color=VERMILLION, marker="s"),
-    "activation": Look(color=GREEN, marker="d"),
-    "decay": Look(color=ORANGE, marker="<", dash="--"),
-    "amp": Look(color=PURPLE, marker=">", dash="--"),
-    "null": Look(color=BLUE, marker="p", dash="--"),
-    "sparse": Look(color=GREEN, marker="h", dash="--"),
-    "self": Look(color=VERMILLION, marker="*", dash="--"),
-    "frozen": Look(color=BLACK, marker="x", dash=":"),
-}
-_COLORS = (ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE)
-_MARKERS = ("o", "s", "^", "v", "D", "P", "X")
 
 #: Text that stands at the left edge of the axes, at a height in data, with an offset in points.
 _AT_LEFT: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -73,17 +38,6 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.handlelength": 2.6,
 }
-
-
-def look(rule: str) -> Look:
-    """The look of this rule. A subset of the primitives, ``a+b``, has one that no other subset has."""
-    if rule in LOOKS:
-        return LOOKS[rule]
-    parts = rule.split("+")
-    known = set(parts) <= set(PRIMITIVE_NAMES)
-    key = sum(1 << PRIMITIVE_NAMES.index(p) for p in set(parts)) if known else zlib.crc32(rule.encode())
-    row, column = divmod(key, len(_COLORS))
-    return Look(color=_COLORS[column], marker=_MARKERS[row % len(_MARKERS)], dash="-.")
 
 
 def robustness_figure(site: Mapping[str, Any], *, title: str, note: str, unit: str, path: Path) -> None:

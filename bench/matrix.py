@@ -18,6 +18,7 @@ from bench.learning.primitives import PRIMITIVES
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix_summary import Cell, summarize_matrix
 from bench.pace import seconds_per_epoch
+from bench.pages.matrix import matrix_page
 from bench.place import Options, Place
 from bench.plans import BUDGET, Variant, Wanted, find_study, plan
 from bench.programme import Programme, Say, check_own_name, conclude, recorded
@@ -80,18 +81,26 @@ def prepare_matrix(
 
     ``only``: canonical names of the rules to run, a part of the matrix; empty: all.
     """
-    rules = [rule.name for rule in subsets(config.primitives)]
-    beside = [name for name in BESIDE if name not in CONTROLS]
-    wanted = [Wanted.of(rule, arch, config.dataset, variant) for arch in config.archs for rule in (*rules, *beside)]
-    searches = plan(wanted, given=given, changes=changes, options=options)
+    searches = plan(searches_of(config, variant), given=given, changes=changes, options=options)
     if config.any:
         settled = next(iter(searches.values())).config
-        budget = {name: getattr(settled, name) for name in BUDGET} | {"trials": len(rules) * settled.trials}
-        whole = [Wanted.of(ANY, arch, config.dataset, variant) for arch in config.archs]
-        searches |= plan(whole, given=budget, changes=changes, options=options)
+        trials = len(subsets(config.primitives)) * settled.trials
+        budget = {name: getattr(settled, name) for name in BUDGET} | {"trials": trials}
+        searches |= plan(any_of(config, variant), given=budget, changes=changes, options=options)
     check_own_name(config.name, searches.values())
     run = [w for w in searches if not only or w.rule in only]
     return Prepared(config=config, searches=searches, run=run)
+
+
+def searches_of(config: MatrixConfig, variant: Variant) -> list[Wanted]:
+    """Every subset, and the rules beside them, on every network."""
+    rules = [*(rule.name for rule in subsets(config.primitives)), *(name for name in BESIDE if name not in CONTROLS)]
+    return [Wanted.of(rule, arch, config.dataset, variant) for arch in config.archs for rule in rules]
+
+
+def any_of(config: MatrixConfig, variant: Variant) -> list[Wanted]:
+    """The searches over all subsets at once, if they are part of the matrix."""
+    return [Wanted.of(ANY, arch, config.dataset, variant) for arch in config.archs] if config.any else []
 
 
 def matrix(
@@ -113,7 +122,9 @@ def matrix(
         for row in known.confirmed():
             tracker.record(row["uid"], row["kind"], row)
         summary = {**known.summary(), "busy": programme.busy}
-        return outcome, conclude(tracker, folder, BOOK, summary, headline(summary), outcome)
+        return outcome, conclude(
+            tracker, folder, BOOK, summary, headline=headline(summary), page=matrix_page, end=outcome
+        )
 
 
 class Known:
@@ -122,7 +133,8 @@ class Known:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self._rows = {w: read(ready) for w, ready in prepared.searches.items()}
-        self._controls = {arch: _controls(prepared, arch) for arch in prepared.config.archs}
+        firsts = {w.arch: ready for w, ready in reversed(list(prepared.searches.items()))}
+        self._controls = {arch: controls_of(firsts[arch]) for arch in prepared.config.archs}
 
     def confirmed(self) -> list[Row]:
         """All confirmed rows, and the controls."""
@@ -181,14 +193,13 @@ def read(ready: Ready) -> list[Row]:
     return RowFile(ready.folder / "rows.jsonl", say=lambda _: None).read()
 
 
-def _controls(prepared: Prepared, arch: str) -> list[Row]:
-    """The controls that belong to these searches, by the names under which `bench.campaign.Campaign` files them."""
-    ready = next(ready for w, ready in prepared.searches.items() if w.arch == arch)
-    seeds = confirm_seeds(ready.config)
-    plain = [trial_config(ready.config, {}, rule=rule, seed=seed) for rule in CONTROLS for seed in seeds]
+def controls_of(ready: Ready) -> list[Row]:
+    """The controls that belong to a search, by the names under which `bench.campaign.Campaign` files them."""
+    plain = [
+        trial_config(ready.config, {}, rule=rule, seed=s) for rule in CONTROLS for s in confirm_seeds(ready.config)
+    ]
     names = {control_uid(config, ready.place.key) for config in plain}
-    path = prepared.place.options.results / "controls" / "rows.jsonl"
-    rows = RowFile(path, say=lambda _: None).read()
+    rows = RowFile(ready.place.options.results / "controls" / "rows.jsonl", say=lambda _: None).read()
     return [row for row in rows if row["uid"].partition(".")[0] in names and row["status"] != "failed"]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bench.campaign import Ready
 from bench.choices import SAMPLERS
@@ -33,6 +33,12 @@ class Variant:
     @property
     def label(self) -> str:
         return self.scaling + ("-centered" if self.centered else "")
+
+    @classmethod
+    def every(cls) -> dict[str, Variant]:
+        """All that there are, by label."""
+        both = [cls(scaling=s, centered=c) for s in get_args(Scaling) for c in (False, True)]
+        return {variant.label: variant for variant in both}
 
     def recipe(self) -> dict[str, Any]:
         """As TrialConfig fields, where they are not the default."""

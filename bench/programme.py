@@ -20,6 +20,8 @@ from bench.campaign import Campaign, Ready
 from bench.config import Strict, TrialResult, UserError
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.journal import BusyError, check_kind, claimed
+from bench.pages.parts import Page
+from bench.pages.render import PAGE, write
 from bench.place import Place
 from bench.rows import Row
 from bench.runs import Outcome, Runs
@@ -240,12 +242,21 @@ def check_own_name(name: str, searches: Iterable[Ready]) -> None:
 
 
 def conclude(
-    tracker: Tracker, folder: Path, book: str, summary: Mapping[str, Any], headline: Mapping[str, float], end: Outcome
+    tracker: Tracker,
+    folder: Path,
+    book: str,
+    summary: Mapping[str, Any],
+    *,
+    headline: Mapping[str, float],
+    page: Callable[[Mapping[str, Any]], Page],
+    end: Outcome,
 ) -> dict[str, Any]:
-    """Keep the summary beside the plan and in MLflow; the summary with where it is."""
+    """Keep the summary and its page beside the plan and in MLflow; the summary with where it is."""
+    if end != "interrupted":  # then the user waits for the end
+        write(page(summary), folder / PAGE)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     tracker.headline(headline)
-    files = (book, "rows.jsonl", "summary.json")
+    files = (book, "rows.jsonl", "summary.json", PAGE)
     tracker.artifacts([folder / name for name in files if (folder / name).exists()])
     tracker.close("KILLED" if end == "interrupted" else "FINISHED")
     return {**summary, "folder": str(folder), "mlflow": tracker.link()}

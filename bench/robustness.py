@@ -16,16 +16,16 @@ from bench.figures import robustness_figure
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.journal import check_kind, claimed
 from bench.noise import SITES
+from bench.pages.render import PAGE, write
+from bench.pages.robustness import robustness_page
 from bench.place import Options, Place, survey
-from bench.robustness_plan import REFERENCE, Network, Plan, Probe, RobustnessConfig
-from bench.robustness_summary import THROUGH_B, Point, summarize
+from bench.robustness_plan import Network, Plan, RobustnessConfig
+from bench.robustness_points import summary_of
+from bench.robustness_summary import THROUGH_B
 from bench.robustness_words import CAPTION
 from bench.rows import Row, RowFile
-from bench.runs import Outcome, Planned, Running, Runs, carry_out
+from bench.runs import Outcome, Planned, Recorder, Running, Runs, carry_out
 from bench.tracking import Tracker
-
-#: What became of a training after which there is no network: it stands for all of its evaluations.
-_ENDS = ("diverged", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Ready:
 class Robustness(Runs):
     """The source of all runs of one measurement (an `engine.Source`), and the keeper of its rows."""
 
-    def __init__(self, ready: Ready, tracker: Tracker, rows: RowFile) -> None:
+    def __init__(self, ready: Ready, tracker: Recorder, rows: RowFile) -> None:
         super().__init__(ready.config.name, ready.place, tracker, {"robustness": rows})
         self._plan = ready.plan
         self._trainings = ready.plan.trainings()
@@ -143,50 +143,10 @@ class Robustness(Runs):
         for known in self.rows():
             self._tracker.record(known["uid"], known["kind"], known)
 
-    def points(self) -> list[Point]:
-        """What is known, one point for each rule, seed, curve and level."""
-        return [*self._update_points(), *self._probe_points()]
-
-    def _update_points(self) -> Iterator[Point]:
-        levels = self._plan.config.levels.get("update", ())
-        for network in self._plan.networks if levels else ():
-            for level in (0.0, *(() if self._plan.unaffected(network.config.rule) else levels)):
-                uid, _ = self._plan.noisy(network, level)
-                if (known := self._row_of(uid)) is not None:
-                    yield _point("update", network, level, known)
-
-    def _probe_points(self) -> Iterator[Point]:
-        for uid, probe in self._probes.items():
-            known = self._row_of(probe.network.uid if self._became(probe.network) in _ENDS else uid)
-            if known is not None:
-                yield from (_point(curve, probe.network, probe.level, known) for curve in probe.curves)
-
     def summary(self) -> dict[str, Any]:
-        """The curves and verdicts of `bench.robustness_summary`, and what they are of."""
-        config, first = self._plan.config, self._plan.networks[0].config
-        attacked = min(config.attacked, self._place.examples["test"])
-        attacks = _attack_curves(self._probes)
-        points = self.points()
-        noise = [p for p in points if p.site not in attacks]
-        hits = [p for p in points if p.site in attacks]
-        tested = self._place.examples["test"]
-        still = {"update": [rule for rule in config.rules if self._plan.unaffected(rule)]}
-        chance, symbols = self._place.chance, dict.fromkeys(attacks, "ε")
-        found = summarize(noise, chance=chance, tested=tested, reference=REFERENCE, unaffected=still)
-        under = summarize(hits, chance=chance, tested=attacked, floor=0.0, reference=REFERENCE, symbols=symbols)
-        rows = self.rows()
-        return {
-            "study": config.name,
-            "arch": first.arch,
-            "dataset": first.dataset,
-            "epochs": first.epochs,
-            "seeds": self._plan.seeds,
-            "complete": self.complete and not self._running,
-            "runs": {s: [r["status"] for r in rows].count(s) for s in ("finished", "diverged", "failed")},
-            "coefficients": {rule: values.get("coefficients", {}) for rule, values in config.rules.items()},
-            **found,
-            "sites": found["sites"] + under["sites"],
-        }
+        """What `bench.robustness_points` makes of the rows of this plan."""
+        complete = self.complete and not self._running
+        return summary_of(self._plan.config, self.rows(), self._place, complete=complete)
 
     def outlook(self) -> str:
         """What there is to do, in one line."""
@@ -229,24 +189,6 @@ class Robustness(Runs):
 def _base(uid: str, known: Mapping[str, Any]) -> str:
     """The uid of a run's first attempt."""
     return uid if uid in known else uid.rpartition(".")[0]
-
-
-def _attack_curves(probes: Mapping[str, Probe]) -> set[str]:
-    return {curve for probe in probes.values() if probe.evaluation["site"] in ATTACKS for curve in probe.curves}
-
-
-def _point(curve: str, network: Network, level: float, known: Row) -> Point:
-    metrics = known["metrics"]
-    return Point(
-        site=curve,
-        rule=network.config.rule,
-        seed=network.config.seed,
-        level=level,
-        accuracy=metrics.get("test_acc"),
-        status=known["status"],
-        se=metrics.get("test_acc_se"),
-        draws=int(metrics.get("draws", 1)),
-    )
 
 
 def unit_of(curve: str) -> str:
@@ -297,7 +239,7 @@ def measure(
                     f"{name}: trained again, these networks came out different ({'; '.join(repeated)}), so their "
                     "curves are of more than one network: measure them anew under another --name, with --keep-networks."
                 )
-            _record(tracker, summary, folder)
+            _record(tracker, summary, folder, outcome)
             if summary["complete"] and not summary["runs"]["failed"] and not kept:
                 source.remove_networks()
             tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
@@ -341,9 +283,11 @@ def _check_same(before: Mapping[str, Any], ready: Ready) -> dict[str, Any]:
     return kept
 
 
-def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path) -> None:
-    """The curves, the figures and the numbers of the whole, on the parent run."""
-    files = [folder / "robustness.yaml", folder / "rows.jsonl", folder / "summary.json"]
+def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path, outcome: Outcome) -> None:
+    """The curves, the figures, the page and the numbers of the whole, on the parent run."""
+    files = [folder / name for name in ("robustness.yaml", "rows.jsonl", "summary.json", PAGE)]
+    if outcome != "interrupted":  # then the user waits for the end
+        write(robustness_page(summary), folder / PAGE)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     for site in summary["sites"]:
         for rule in site["rules"]:

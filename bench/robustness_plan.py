@@ -86,6 +86,10 @@ class RobustnessConfig(Strict):
         }
         return {name: (option, what) for name, (option, there, what) in needs.items() if not there}
 
+    def unaffected(self, rule: str) -> bool:
+        """Whether noise in updates has nowhere to go: only B's are noisy, and this rule's B does not learn."""
+        return self.update_on == "feedback" and not parse_rule(rule).learns
+
     def _check_effects(self) -> None:
         """Refuse a setting that changes nothing of what is measured."""
         for name, (option, what) in self.without_effect().items():
@@ -169,10 +173,6 @@ class Plan:
                 kept = self._folder / "networks" / f"{uid}.pt"
                 yield Network(uid=uid, config=config, path=path or kept, file=digest_of(path) if path else None)
 
-    def unaffected(self, rule: str) -> bool:
-        """Whether noise in updates has nowhere to go: only B's are noisy, and this rule's B does not learn."""
-        return self.config.update_on == "feedback" and not parse_rule(rule).learns
-
     def noisy(self, network: Network, level: float) -> tuple[str, TrialConfig]:
         """The training of this network with noise in its updates; at level 0 it is the network's own."""
         if not level:
@@ -189,7 +189,7 @@ class Plan:
                 keep = {"checkpoint": str(network.path.absolute())} if self.evaluates else {}
                 tasks[network.uid] = _training(network.config, keep)
         for network in self.networks:
-            for level in () if self.unaffected(network.config.rule) else self.config.levels.get("update", ()):
+            for level in () if self.config.unaffected(network.config.rule) else self.config.levels.get("update", ()):
                 uid, config = self.noisy(network, level)
                 tasks.setdefault(uid, _training(config, {}))
         return tasks

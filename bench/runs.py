@@ -20,7 +20,6 @@ from bench.place import Place
 from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
 from bench.terminal import duration
-from bench.tracking import Tracker
 
 Outcome = Literal["done", "interrupted", "known"]
 
@@ -52,10 +51,38 @@ class Running:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+def last_attempts(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """By the name of the first, the last attempt at each run (uid, uid.2, ...)."""
+    found = {}
+    for uid, known in rows.items():
+        base, dot, attempt = uid.rpartition(".")
+        found[base if dot and attempt.isdigit() and base in rows else uid] = known
+    return found
+
+
+class Recorder(Protocol):
+    """What is told of runs, as `bench.tracking.Tracker` takes it."""
+
+    def start(
+        self,
+        uid: str,
+        kind: Kind,
+        config: TrialConfig,
+        tags: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> None: ...
+
+    def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None: ...
+
+    def finish(self, uid: str, result: TrialResult, extra_tags: Mapping[str, Any] | None = None) -> None: ...
+
+    def record(self, uid: str, kind: Kind, row: Mapping[str, Any]) -> None: ...
+
+
 class Runs:
     """Keeps the rows of one study, and the record of what is under way. ``files``: where rows of each kind go."""
 
-    def __init__(self, study: str, place: Place, tracker: Tracker, files: Mapping[Kind, RowFile]) -> None:
+    def __init__(self, study: str, place: Place, tracker: Recorder, files: Mapping[Kind, RowFile]) -> None:
         self.name, self._place, self._tracker = study, place, tracker
         self._row_files = dict(files)
         self._done: dict[str, Row] = {}

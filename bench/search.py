@@ -16,6 +16,8 @@ from bench.files import read_yaml, write_atomic, write_yaml
 from bench.front import spread
 from bench.journal import check_kind
 from bench.learning.rules import parse_rule
+from bench.pages.render import PAGE, write
+from bench.pages.search import search_page
 from bench.place import Options, Place, survey
 from bench.rows import RowFile
 from bench.runs import Outcome, carry_out
@@ -51,7 +53,10 @@ class Open:
         if summary["objective"] == "both":
             _write_front(folder, summary)
         tracker.headline(headline(summary))
-        files = ("study.yaml", "rows.jsonl", "journal.log", "best.yaml", "front.json")
+        if outcome != "interrupted":  # then the user waits for the end
+            rows = (self.campaign.search_rows(), self.campaign.confirm_rows(), self.campaign.control_rows())
+            write(search_page(summary, *rows), folder / PAGE)
+        files = ("study.yaml", "rows.jsonl", "journal.log", "best.yaml", "front.json", PAGE)
         tracker.artifacts([folder / name for name in files if (folder / name).exists()])
         tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
         return {**summary, "folder": str(folder), "mlflow": tracker.link()}

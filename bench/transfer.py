@@ -16,14 +16,14 @@ from typing import Any
 from bench import engine
 from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.config import Strict, TrialConfig, check_range, digest
+from bench.pages.transfer import transfer_page
 from bench.place import Options, Place
 from bench.plans import Variant, Wanted, plan
 from bench.programme import Follower, Programme, Say, Searched, check_own_name, conclude, recorded
 from bench.rows import Row, RowFile
-from bench.runs import Outcome, Planned, carry_out
+from bench.runs import Outcome, Planned, Recorder, carry_out
 from bench.space import UPDATE_FIELDS, Range, Space
 from bench.summary import REFERENCE, best_trial, same_setting
-from bench.tracking import Tracker
 from bench.transfer_summary import Carried, Pair, summarize_transfer
 
 BOOK = "transfer.yaml"
@@ -78,6 +78,14 @@ def prepare_transfer(
     options: Options,
 ) -> Prepared:
     """Find the searches, or plan them; ``given`` and ``changes`` as in `bench.plans.plan`, with its errors."""
+    routes = routes_of(config, variants)
+    searches = plan(searches_of(routes), given=given, changes=changes, options=options)
+    check_own_name(config.name, searches.values())
+    return Prepared(config=config, routes=routes, searches=searches)
+
+
+def routes_of(config: TransferConfig, variants: Sequence[Variant]) -> tuple[Route, ...]:
+    """Every way that something is carried, each once."""
     pairs = [(config.source, target) for target in config.targets]
     pairs += [(target, source) for source, target in pairs] if config.both else []
     routes = {
@@ -89,16 +97,18 @@ def prepare_transfer(
         for variant in variants
         for source, target in pairs
     }
-    wanted = [w for route in routes for w in (route.source, route.target)]
-    searches = plan(wanted, given=given, changes=changes, options=options)
-    check_own_name(config.name, searches.values())
-    return Prepared(config=config, routes=tuple(routes), searches=searches)
+    return tuple(routes)
+
+
+def searches_of(routes: Sequence[Route]) -> list[Wanted]:
+    """The searches at both ends of each."""
+    return [w for route in routes for w in (route.source, route.target)]
 
 
 class Transfer(Follower):
     """The runs of one transfer beside its searches, and the keeper of its rows."""
 
-    def __init__(self, prepared: Prepared, tracker: Tracker, rows: RowFile) -> None:
+    def __init__(self, prepared: Prepared, tracker: Recorder, rows: RowFile) -> None:
         super().__init__(prepared.config.name, prepared.place, tracker, {"transfer": rows})
         self._config, self._routes, self._searches = prepared.config, prepared.routes, prepared.searches
         self._found: dict[Wanted, Searched] = {}
@@ -292,7 +302,9 @@ def transfer(
             ended = [found for found in programme.found.values() if found.complete]
             over = len(ended) == len(prepared.searches)
             summary = {**source.summary(over=over), "busy": programme.busy}
-        return outcome, conclude(tracker, folder, BOOK, summary, headline(summary), outcome)
+        return outcome, conclude(
+            tracker, folder, BOOK, summary, headline=headline(summary), page=transfer_page, end=outcome
+        )
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:

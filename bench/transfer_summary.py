@@ -211,6 +211,7 @@ def _rank(carried: Sequence[Carried]) -> dict[str, Any]:
     """Spearman's rho of the validation accuracies at home and away: ``rho``, ``n``, ``low``, ``high``.
 
     A diverged run stands at chance. ``diverged``: how many of the n did so away; ``diverged_home``: at home.
+    ``points``: [home, away] of each.
     """
     both = _compared(carried)
     homes, aways = [home for home, _ in both], [away for _, away in both]
@@ -218,6 +219,7 @@ def _rank(carried: Sequence[Carried]) -> dict[str, Any]:
         **rank_correlation(_val_acc(homes), _val_acc(aways)).to_dict(),
         "diverged": sum(row["status"] == "diverged" for row in aways),
         "diverged_home": sum(row["status"] == "diverged" for row in homes),
+        "points": [list(pair) for pair in zip(_val_acc(homes), _val_acc(aways), strict=True)],
         **_gaps(carried),
     }
 

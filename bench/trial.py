@@ -228,6 +228,7 @@ def provenance_of(trial: Trial, seconds: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dataset_digest": trial.data.digest,
         "examples": dict(trial.data.sizes),
+        "classes": trial.data.classes,
         "asymmetric_layers": len(trial.conversion.swapped),
         "kept_layers": trial.conversion.kept if trial.conversion.swapped else {},
         "seconds": seconds,

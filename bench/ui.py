@@ -77,17 +77,25 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 5000,
     open_browser: bool = False,
+    optuna: bool = False,
+    pages: Path = Path("dashboards"),
     say: Callable[[str], None] = print,
 ) -> None:
     """Show the runs until Ctrl-C (or SIGTERM, or the terminal is closed); no process is left then.
 
     A ``tracking_uri`` of a server is not served again: its link is said. A taken ``port`` gives way to a free one.
-    Errors: UserError if there is nothing to show yet, or the server does not start.
+    ``optuna``: its dashboard over the journals, too, at a port of its own. ``pages``: where `bench report` wrote.
+    Errors: UserError if there is nothing to show yet, or a server does not start.
     """
+    if optuna and not any(results.glob("*/journal.log")):
+        raise UserError(f"--optuna: no search has a journal in {results} yet; run `bench search` first.")
+    _say_pages(results, pages, say)
     if tracking_uri is not None:
         check_uri(tracking_uri)
     if tracking_uri is not None and tracking_uri.startswith("http"):
         _show(tracking_uri, open_browser, say)
+        if optuna:
+            raise UserError("--optuna shows journals on this machine: leave --tracking-uri out.")
         return
     uri, _ = embedded(results)
     if tracking_uri is None and not Path(uri.removeprefix("sqlite:///")).exists():
@@ -102,13 +110,40 @@ def serve(
     command, environment = ui_command(results, port, host=host, tracking_uri=tracking_uri)
     log = results / "mlflow-ui.log"
     base = f"http://{_address(host)}:{port}"
-    with _interruptible(), _server(command, environment, log) as server, contextlib.suppress(KeyboardInterrupt):
+    with contextlib.ExitStack() as running:
+        running.enter_context(_interruptible())
+        server = running.enter_context(_server(command, environment, log))
+        running.enter_context(contextlib.suppress(KeyboardInterrupt))
         say(f"MLflow's server is starting ({shown(tracking_uri or uri)}); its log: {log}")
-        _wait(server, base, log)
+        if optuna:
+            _serve_journals(running, results, host, say)
+        _wait("MLflow's server", server, f"{base}/health", log)
         _show(base, open_browser, say)
         say("Ctrl-C ends it.")
         server.wait()
         raise UserError(f"MLflow's server ended: {_last_line(log)} (see {log}).")
+
+
+def _say_pages(results: Path, pages: Path, say: Callable[[str], None]) -> None:
+    """Where the pages are: their index, or else those that the verbs left beside their rows."""
+    index = pages / "index.html"
+    beside = sorted(results.glob("*/report.html"))
+    if index.exists():
+        say(f"Pages: {index.absolute().as_uri()}")
+    elif beside:
+        say(f"Pages (bench report makes an index of them): {', '.join(page.absolute().as_uri() for page in beside)}")
+    else:
+        say("Pages: none yet; bench report makes them.")
+
+
+def _serve_journals(running: contextlib.ExitStack, results: Path, host: str, say: Callable[[str], None]) -> None:
+    """Optuna's dashboard, for as long as ``running``."""
+    port, log = _free_port(host, 8080, say), results / "optuna-ui.log"
+    command = [sys.executable, "-m", "bench.optuna_ui", str(results), host, str(port)]
+    server = running.enter_context(_server(command, {}, log))
+    base = f"http://{_address(host)}:{port}"
+    _wait("Optuna's dashboard", server, f"{base}/", log)
+    say(f"Optuna's dashboard, on the journals as they are now: {base}/dashboard/")
 
 
 def _show(base: str, open_browser: bool, say: Callable[[str], None]) -> None:
@@ -235,16 +270,16 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
         signal.signal(name, handler)
 
 
-def _wait(server: subprocess.Popen[bytes], base: str, log: Path) -> None:
+def _wait(name: str, server: subprocess.Popen[bytes], address: str, log: Path) -> None:
     """Return when the server answers; UserError with its last words if it ends, or never does."""
     deadline = time.monotonic() + _START
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise UserError(f"MLflow's server did not start: {_last_line(log)} (see {log}).")
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/health", timeout=5):
+            raise UserError(f"{name} did not start: {_last_line(log)} (see {log}).")
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
             return
         time.sleep(0.1)
-    raise UserError(f"MLflow's server does not answer after {_START:.0f} s; see {log}.")
+    raise UserError(f"{name} does not answer after {_START:.0f} s; see {log}.")
 
 
 def _last_line(log: Path) -> str:

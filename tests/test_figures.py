@@ -13,8 +13,9 @@ import matplotlib
 import pytest
 
 from bench.config import PRIMITIVE_NAMES, UserError
-from bench.figures import LOOKS, look, robustness_figure
+from bench.figures import robustness_figure
 from bench.learning.rules import RULES
+from bench.looks import LOOKS, look
 from bench.robustness_summary import Point, summarize
 
 LEVELS = (0.1, 0.2, 0.4, 0.8)

@@ -36,6 +36,8 @@ FLOORS = {
     "delivery": 0,
     "learning.ops": 0,
     "front": 0,
+    "looks": 0,
+    "optuna_ui": 0,
     "cells": 0,
     "learning.primitives": 1,
     "learning.rules": 1,
@@ -76,10 +78,15 @@ FLOORS = {
     "matrix_words": 8,
     "pace": 8,
     "runs": 8,
+    "pages": 9,
+    "reading": 9,
     "campaign": 9,
     "robustness_plan": 9,
+    "compare": 10,
+    "compare_words": 11,
+    "robustness_points": 10,
     "search": 10,
-    "robustness": 10,
+    "robustness": 11,
     "plans": 11,
     "programme": 11,
     "warm": 12,
@@ -87,8 +94,10 @@ FLOORS = {
     "matrix": 12,
     "present": 12,
     "present_plans": 13,
-    "verbs": 14,
-    "cli": 15,
+    "replay": 13,
+    "report": 14,
+    "verbs": 15,
+    "cli": 16,
 }
 GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 
@@ -102,7 +111,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "art": ("evaluators",),
     "matplotlib": ("figures",),
     "ray": ("engine",),
-    "optuna": ("study", "proposals", "choices", "space"),
+    "optuna": ("study", "proposals", "choices", "space", "optuna_ui", "pages"),
+    "optuna_dashboard": ("optuna_ui",),
+    "plotly": ("pages",),
+    "jinja2": ("pages",),
     "mlflow": ("mlflow_store",),
     "pandas": ("rows",),
     "scipy": ("statistics",),
@@ -116,11 +128,31 @@ OWNERS: dict[str, tuple[str, ...]] = {
 #: Comes inside another package.
 VENDORED = {"psutil": "ray"}
 #: Distributions that are imported under another name.
-IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "adversarial-robustness-toolbox": "art"}
+IMPORT_NAMES = {
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "adversarial-robustness-toolbox": "art",
+    "optuna-dashboard": "optuna_dashboard",
+}
 #: Imported by name, when a user asks for a network of theirs.
 BY_NAME = ("torchvision", "timm")
 
-HEAVY = ("torch", "ray", "optuna", "mlflow", "pandas", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "art")
+HEAVY = (
+    "torch",
+    "ray",
+    "optuna",
+    "mlflow",
+    "pandas",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "PIL",
+    "matplotlib",
+    "art",
+    "plotly",
+    "jinja2",
+)
 
 
 def name_of(path: Path) -> str:
@@ -276,9 +308,9 @@ def test_a_dependency_is_used_where_its_comment_says(requirement: str) -> None:
         assert any(package in theirs(module) for module in modules)
 
 
-@pytest.mark.parametrize("requirement", EXTRAS["dev"])
+@pytest.mark.parametrize("requirement", [*EXTRAS["dev"], *EXTRAS["browser"]])
 def test_a_tool_is_said_to_be_used(requirement: str) -> None:
-    assert re.match(r"make (check|test)\b", reason(requirement))
+    assert re.match(r"make (check|test|test-browser)\b", reason(requirement))
 
 
 def test_what_is_imported_is_required() -> None:
@@ -291,7 +323,7 @@ def test_every_package_is_built_into_the_wheel() -> None:
     folders = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in PACKAGE.rglob("__init__.py")}
     assert set(tool["packages"]) == folders | {"bench.search_spaces"}
     assert tool["package-dir"] == {"bench.search_spaces": "search_spaces"}
-    assert tool["package-data"] == {"bench.search_spaces": ["*.yaml"]}
+    assert tool["package-data"] == {"bench.search_spaces": ["*.yaml"], "bench.pages": ["*.j2", "*.css", "*.js"]}
 
 
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
@@ -304,7 +336,7 @@ def test_constraints_are_exact_and_each_stands_once() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("requirement", [*RUNTIME, *EXTRAS["dev"]])
+@pytest.mark.parametrize("requirement", [*RUNTIME, *EXTRAS["dev"], *EXTRAS["browser"]])
 def test_a_pin_lies_in_its_range(requirement: str) -> None:
     wanted = Requirement(requirement)
     pins = [pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench.replay import matrix_again, transfer_again
 from bench.space import space_folder
 from rehearsal import rows
 
@@ -29,12 +30,15 @@ arch:
     decay: {min: 1e-2, max: 2e-2, scale: log, source: "this test"}
 """
 #: The command line, with the search spaces of another folder.
-MAIN = "import sys, pathlib, bench.space as s, bench.cli as c; s.space_folder = lambda: pathlib.Path('spaces').resolve()"
+MAIN = (
+    "import sys, pathlib, bench.space as s, bench.cli as c;"
+    "s.space_folder = lambda: pathlib.Path('spaces').resolve(); sys.exit(c.main())"
+)
 
 
 def bench(folder: Path, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", f"{MAIN}; sys.exit(c.main())", *arguments, *QUICK],
+        [sys.executable, "-c", MAIN, *arguments, *QUICK],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -60,6 +64,21 @@ def children(folder: Path, study: str) -> tuple[Any, list[Any], list[Any]]:
     return parent, [r for r in every if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id], every
 
 
+def told(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary as JSON has it, without what is of the command and not of the rows."""
+    kept = {k: v for k, v in summary.items() if k not in ("outcome", "busy", "folder", "mlflow", "link")}
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    return plain
+
+
+def artifacts(folder: Path, run: Any) -> set[str]:
+    """The names of a run's files in the store."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/results/mlflow.db")
+    return {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: Path) -> None:
@@ -82,6 +101,7 @@ def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: 
     parents = {run.info.run_id for run in every if "mlflow.parentRunId" not in run.data.tags}
     assert all(run.data.tags["mlflow.parentRunId"] in parents for run in every if run.info.run_id not in parents)
     assert {run.info.status for run in every} == {"FINISHED"}
+    assert "report.html" in artifacts(tmp_path, parent)
     mean = next(line for line in whole["table"] if line["name"] == "symmetric")["test_acc"]["mean"]
     assert parent.data.metrics["lenet/symmetric/test_acc"] == pytest.approx(mean)
 
@@ -90,6 +110,11 @@ def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: 
     assert moved["outcome"] == "done"
     assert [(p["source"], p["target"]) for p in moved["pairs"]] == [("lenet", "resnet20"), ("resnet20", "lenet")]
     assert rows(tmp_path / "results" / "symmetric-lenet-digits" / "rows.jsonl") == filed
+
+    # again from the rows alone: the same numbers, and their pages
+    results = tmp_path / "results"
+    assert told(matrix_again(results / "matrix-lenet-digits")) == told(found)
+    assert told(transfer_again(results / "transfer-lenet-to-resnet20-digits")) == told(moved)
 
     # regret by hand, from the rows: the target's own best against the source's best there
     own = rows(tmp_path / "results" / "transfer-lenet-to-resnet20-digits" / "rows.jsonl")
@@ -107,4 +132,5 @@ def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: 
     parent, below, _ = children(tmp_path, "transfer-lenet-to-resnet20-digits")
     assert Counter(run.data.tags["bench.kind"] for run in below) == {"transfer": 6, "confirm": 4, "control": 8}
     assert parent.data.tags["bench.dataset"] == "digits"
+    assert "report.html" in artifacts(tmp_path, parent)
     assert parent.inputs.dataset_inputs

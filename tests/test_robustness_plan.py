@@ -115,7 +115,7 @@ def test_noise_in_a_b_that_does_not_learn_is_nowhere() -> None:
     on_b = {"update_on": "feedback", "gradients": ("true",)}
     made = plan(rules=rules("feedback", "mirror"), seeds=1, levels={"update": (0.1, 0.3)}, **on_b)
     of = {network.config.rule: network for network in made.networks}
-    assert [made.unaffected(rule) for rule in ("backprop", "feedback", "mirror")] == [True, True, False]
+    assert [made.config.unaffected(rule) for rule in ("backprop", "feedback", "mirror")] == [True, True, False]
     noisy = made.noisy(of["mirror"], 0.1)
     assert (noisy[1].update_noise, noisy[1].update_noise_on) == (0.1, "feedback")
     assert noisy[0] != made.noisy(of["mirror"], 0.0)[0] == of["mirror"].uid

@@ -47,6 +47,7 @@ _ROWS = (
         source="Alpaydin & Kaynak 1998, UCI; scikit-learn's load_digits",
         read=read_digits,
         flip=False,
+        classes=10,
     ),
     DatasetRow(
         name="fashion-mnist",
@@ -54,6 +55,7 @@ _ROWS = (
         source="Xiao et al. 2017, arXiv 1708.07747",
         read=read_fashion_mnist,
         flip=True,
+        classes=10,
         files=(
             _fashion("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
             _fashion("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
@@ -69,6 +71,7 @@ _ROWS = (
         source="Krizhevsky 2009, www.cs.toronto.edu/~kriz/cifar.html",
         read=read_cifar10,
         flip=True,
+        classes=10,
         files=(
             # Published as md5 c32a1d4ab5d03f1284b67883e8d87530.
             _cifar("cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
@@ -81,6 +84,7 @@ _ROWS = (
         source="Krizhevsky 2009, www.cs.toronto.edu/~kriz/cifar.html",
         read=read_cifar100,
         flip=True,
+        classes=100,
         files=(
             # Published as md5 03b5dce01913d631647c71ecec9e9cb8.
             _cifar("cifar-100-binary.tar.gz", "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"),

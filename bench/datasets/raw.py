@@ -60,13 +60,17 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRow:
-    """One data set, as data. ``flip``: a mirrored image is still of its class. ``advice``: how to get the files."""
+    """One data set, as data. ``flip``: a mirrored image is still of its class. ``advice``: how to get the files.
+
+    ``classes``: how many; None where that depends on the files.
+    """
 
     name: str
     summary: str
     source: str
     read: Callable[[DatasetRow, Request], Arrays | Files]
     flip: bool
+    classes: int | None = None
     files: tuple[RemoteFile, ...] = ()
     advice: str = ""
 

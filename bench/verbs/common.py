@@ -134,6 +134,21 @@ def names(option: str, text: str, known: Collection[str] | None = None) -> list[
     return list(dict.fromkeys(found))
 
 
+def carry_out(
+    given: argparse.Namespace,
+    name: str,
+    options: Options,
+    work: Callable[[Say, Watch], tuple[str, dict[str, Any]]],
+    show: Callable[[str, dict[str, Any], Options], None],
+) -> int:
+    """Do the work of a verb that runs something, as `follow` has it, and `conclude` with what it found.
+
+    ``name``: of the folder under the results that Ray's log goes to.
+    """
+    outcome, summary = follow(writable(given.results) / name / "ray.log", work)
+    return conclude(given, outcome, summary, options, show)
+
+
 def conclude(
     given: argparse.Namespace,
     outcome: str,

@@ -15,15 +15,13 @@ from bench.verbs.common import (
     add_scaling,
     add_where,
     budget_of,
+    carry_out,
     check_name,
-    conclude,
-    follow,
     names,
     options_of,
     parse_settings,
     scaling_of,
     verb,
-    writable,
 )
 
 
@@ -88,7 +86,10 @@ def _matrix(given: argparse.Namespace) -> int:
         else:
             print_outlook(lines, prepared.place.share.concurrent)
         return 0
-    writable(given.results)
-    log = given.results / config.name / "ray.log"
-    outcome, summary = follow(log, lambda say, watch: matrix(prepared, say=say, watch=watch))
-    return conclude(given, outcome, summary, prepared.place.options, print_matrix)
+    return carry_out(
+        given,
+        config.name,
+        prepared.place.options,
+        lambda say, watch: matrix(prepared, say=say, watch=watch),
+        print_matrix,
+    )

@@ -11,9 +11,8 @@ from bench.verbs.common import (
     add_json,
     add_results,
     add_where,
+    carry_out,
     check_name,
-    conclude,
-    follow,
     is_benchmark,
     names,
     numbers,
@@ -21,7 +20,6 @@ from bench.verbs.common import (
     parse_settings,
     sigmas,
     verb,
-    writable,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +108,6 @@ def _robustness(given: argparse.Namespace) -> int:
         queries=given.queries,
     )
     ready = prepare_measurement(config, options, networks)
-    writable(given.results)
     return _run(ready, given)
 
 
@@ -180,6 +177,11 @@ def _run(ready: Ready, given: argparse.Namespace) -> int:
     from bench.present import print_robustness
     from bench.robustness import measure
 
-    log, keep = ready.folder / "ray.log", given.keep_networks
-    outcome, summary = follow(log, lambda say, watch: measure(ready, say=say, watch=watch, keep_networks=keep))
-    return conclude(given, outcome, summary, ready.place.options, print_robustness)
+    keep = given.keep_networks
+    return carry_out(
+        given,
+        ready.config.name,
+        ready.place.options,
+        lambda say, watch: measure(ready, say=say, watch=watch, keep_networks=keep),
+        print_robustness,
+    )

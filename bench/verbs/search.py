@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from bench.config import Objective, StudyConfig, TrialConfig, UserError, check_range, study_name, unknown
 from bench.verbs.common import (
+    Say,
+    Watch,
     add_json,
     add_results,
     add_scaling,
     add_where,
+    carry_out,
     check_name,
-    conclude,
-    follow,
     options_of,
     parse_settings,
     scaling_of,
     sigmas,
     verb,
-    writable,
 )
 
 if TYPE_CHECKING:
@@ -104,7 +103,6 @@ def _search(given: argparse.Namespace) -> int:
         warm = warm_trials(given.results, given.warm_from, config, space)
         config = config.replace(warm_from=given.warm_from, warm=warm)
     ready = check(config, space, options_of(given))
-    writable(given.results)
     return _run_search(given, ready, variant, cold=name)
 
 
@@ -116,16 +114,18 @@ def _run_search(given: argparse.Namespace, ready: Ready, variant: Variant, *, co
     from bench.search import search
     from bench.warm import saved
 
-    log = ready.folder / "ray.log"
-    outcome, summary = follow(log, lambda say, watch: search(ready, say=say, watch=watch))
-    summary["warm"] = saved(given.results, ready.config, cold) if given.warm_from else None
-    summary["matrix"] = None
-    if ready.config.rule == ANY:
-        try:
-            summary["matrix"] = beside(ready, variant)
-        except UserError as error:  # of the matrix: the search itself is done
-            print(f"bench: {error}", file=sys.stderr)
-    return conclude(given, outcome, summary, ready.place.options, print_search)
+    def work(say: Say, watch: Watch) -> tuple[str, dict[str, Any]]:
+        outcome, summary = search(ready, say=say, watch=watch)
+        summary["warm"] = saved(given.results, ready.config, cold) if given.warm_from else None
+        summary["matrix"] = None
+        if ready.config.rule == ANY:
+            try:
+                summary["matrix"] = beside(ready, variant)
+            except UserError as error:  # of the matrix: the search itself is done
+                say(f"bench: {error}")
+        return outcome, summary
+
+    return carry_out(given, ready.config.name, ready.place.options, work, print_search)
 
 
 def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, Any]:

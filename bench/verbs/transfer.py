@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from bench.config import Scaling, UserError, check_range, study_name
+from bench.config import UserError, check_range, study_name
 from bench.verbs.common import (
     add_budget,
     add_json,
@@ -13,14 +13,12 @@ from bench.verbs.common import (
     add_scaling,
     add_where,
     budget_of,
+    carry_out,
     check_name,
-    conclude,
-    follow,
     names,
     options_of,
     parse_settings,
     verb,
-    writable,
 )
 
 if TYPE_CHECKING:
@@ -77,21 +75,23 @@ def _transfer(given: argparse.Namespace) -> int:
     )
     changes = check_recipe(parse_settings(given.set))
     prepared = prepare_transfer(config, variants, given=budget_of(given), changes=changes, options=options_of(given))
-    writable(given.results)
-    log = given.results / config.name / "ray.log"
-    outcome, summary = follow(log, lambda say, watch: transfer(prepared, say=say, watch=watch))
-    return conclude(given, outcome, summary, prepared.place.options, print_transfer)
+    return carry_out(
+        given,
+        config.name,
+        prepared.place.options,
+        lambda say, watch: transfer(prepared, say=say, watch=watch),
+        print_transfer,
+    )
 
 
 def _variants(given: argparse.Namespace) -> list[Variant]:
     """What was named, each once."""
     from bench.plans import Variant
 
-    known: tuple[Scaling, ...] = get_args(Scaling)
+    every = Variant.every()
     if given.scaling == "all":
         if given.centered:
             raise UserError("--scaling all is each of them, centered and not: leave --centered out.")
-        return [Variant(scaling=scaling, centered=centered) for scaling in known for centered in (False, True)]
-    both = {Variant(scaling=s, centered=c).label: Variant(scaling=s, centered=c) for s in known for c in (False, True)}
-    named = [both[label] for label in names("scaling", given.scaling, both)]
+        return list(every.values())
+    named = [every[label] for label in names("scaling", given.scaling, every)]
     return list(dict.fromkeys(Variant(scaling=v.scaling, centered=v.centered or given.centered) for v in named))

@@ -1,0 +1,186 @@
+"""`bench report`: a page for each study, and an index of all. From rows alone; nothing here can start a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from bench import replay
+from bench.cells import difference, spread_of
+from bench.config import UserError
+from bench.pages.index import Entry, index_page
+from bench.pages.matrix import matrix_page
+from bench.pages.parts import Page
+from bench.pages.render import write
+from bench.pages.robustness import robustness_page
+from bench.pages.search import search_page
+from bench.pages.transfer import transfer_page
+from bench.reading import Found, find, pick, read_search, search_summary
+from bench.summary import REFERENCE
+
+INDEX = "index.html"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A page that was written; ``size`` in bytes."""
+
+    name: str
+    kind: str
+    path: Path
+    size: int
+
+
+def report(
+    results: Path,
+    studies: Sequence[str],
+    out: Path,
+    *,
+    say: Say,
+    show: Callable[[Callable[[], str]], None] = lambda _: None,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Made]:
+    """Write the pages of these studies; of all of them, and an index, if none is named.
+
+    ``out``: a folder, or the file of the one page. A study without anything to show is said, and left out; if it was
+    named, it is a UserError. ``show`` and ``tick``: the live display's.
+    """
+    found = pick(results, studies) if studies else find(results)
+    if not studies and not found:
+        raise UserError(f"nothing to report in {results}: run `bench search` first, or give its folder with --results.")
+    single = out.suffix == ".html"
+    if single and (len(found) > 1 or not studies):
+        raise UserError(f"--out {out} is one page: name one study, or give a folder.")
+    made: list[Made] = []
+    entries: list[Entry] = []
+    show(lambda: f"{len(made)} of {len(found)} pages")
+    for each in found:
+        tick()
+        try:
+            page, entry = _page(each)
+        except UserError as error:
+            if studies:
+                raise
+            say(f"left out: {error}")
+            continue
+        path = out if single else out / f"{each.name}.html"
+        made.append(_written(page, path, each.name, each.kind))
+        entries.append(entry)
+    if not studies:
+        made.append(_written(index_page(entries), out / INDEX, "index", "index"))
+    return made
+
+
+def _written(page: Page, path: Path, name: str, kind: str) -> Made:
+    write(page, path)
+    return Made(name=name, kind=kind, path=path, size=path.stat().st_size)
+
+
+def _page(found: Found) -> tuple[Page, Entry]:
+    """The page of a study, and its line in the index."""
+    if found.kind == "search":
+        rows = read_search(found)
+        summary = search_summary(rows)
+        page = search_page(summary, rows.searched, rows.confirmed, rows.controls)
+        return page, _search_entry(found, summary)
+    kinds: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any]], Page]]] = {
+        "robustness": (replay.robustness_again, robustness_page),
+        "transfer": (replay.transfer_again, transfer_page),
+        "matrix": (replay.matrix_again, matrix_page),
+    }
+    read, draw = kinds[found.kind]
+    summary = read(found.folder)
+    return draw(summary), _plan_entry(found, summary)
+
+
+def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
+    best = summary["confirmed"][0] if summary["confirmed"] else None
+    versus = best and best[f"test_acc_versus_{REFERENCE}"]
+    against = f"; − {REFERENCE}: {difference(versus)}" if versus and summary["rule"] != REFERENCE else ""
+    return Entry(
+        name=found.name,
+        kind="search",
+        href=_href(found),
+        what=f"{summary['rule']} on {summary['arch']}, {summary['dataset']}",
+        budget=f"{sum(summary['trials'].values())} trials × {summary['epochs']} epochs",
+        runs=_counts(summary["trials"]),
+        headline=f"test {spread_of(best['test_acc'])} %{against}" if best else "nothing is confirmed",
+        when=_when(found),
+        complete=best is not None,
+        rule=summary["rule"],
+        arch=summary["arch"],
+        dataset=summary["dataset"],
+        test_acc=best and best["test_acc"],
+    )
+
+
+def _plan_entry(found: Found, summary: dict[str, Any]) -> Entry:
+    what = {"robustness": _of_robustness, "transfer": _of_transfer, "matrix": _of_matrix}[found.kind](summary)
+    return Entry(
+        name=found.name,
+        kind=found.kind,
+        href=_href(found),
+        when=_when(found),
+        complete=summary["complete"],
+        what=what["what"],
+        budget=what["budget"],
+        runs=what["runs"],
+        headline=what["headline"],
+    )
+
+
+def _of_robustness(summary: dict[str, Any]) -> dict[str, str]:
+    rules = ", ".join(summary["coefficients"])
+    return {
+        "what": f"{rules} on {summary['arch']}, {summary['dataset']}",
+        "budget": f"{len(summary['seeds'])} seeds × {summary['epochs']} epochs",
+        "runs": _counts(summary["runs"]),
+        "headline": ", ".join(site["site"] for site in summary["sites"]),
+    }
+
+
+def _of_transfer(summary: dict[str, Any]) -> dict[str, str]:
+    ranked = [f"{r['rule']} ({r['scaling']})" for r in summary["rules"] if r["place"]]
+    return {
+        "what": f"{', '.join(dict.fromkeys(p['rule'] for p in summary['pairs']))}: {', '.join(summary['archs'])}",
+        "budget": f"{summary['trials']} trials × {summary['epochs']} epochs a search",
+        "runs": _counts(summary["runs"]),
+        "headline": f"least regret first: {', '.join(ranked)}" if ranked else "no regret is known",
+    }
+
+
+def _of_matrix(summary: dict[str, Any]) -> dict[str, str]:
+    subsets = [whole["subsets"] for whole in summary["archs"].values()]
+    counts = dict.fromkeys(("finished", "stopped", "diverged", "failed"), 0)
+    for whole in summary["archs"].values():
+        for line in whole["table"]:
+            counts |= {name: counts[name] + line["trials"][name] for name in counts}
+    best = [f"{arch}: {whole['table'][0]['name']}" for arch, whole in summary["archs"].items() if whole["table"]]
+    return {
+        "what": f"{sum(s['measured'] for s in subsets)} of {sum(s['expected'] for s in subsets)} subsets on "
+        f"{', '.join(summary['archs'])}, {summary['dataset']}, {summary['scaling']}",
+        "budget": f"{summary['trials']} trials × {summary['epochs']} epochs a search",
+        "runs": _counts(counts),
+        "headline": f"best by validation: {'; '.join(best)}" if best else "nothing is confirmed",
+    }
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
+
+
+def _href(found: Found) -> str:
+    return f"{quote(found.name)}.html"
+
+
+def _when(found: Found) -> str:
+    """The day of its newest file of rows; rows themselves have no date."""
+    files = [found.folder] if found.folder.is_file() else [found.folder / "rows.jsonl", found.folder / "summary.json"]
+    times = [file.stat().st_mtime for file in files if file.exists()]
+    return datetime.fromtimestamp(max(times), UTC).date().isoformat() if times else ""
