@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -80,7 +81,8 @@ def test_csv_and_marks_are_the_means_and_intervals_of_the_points() -> None:
     assert marks["x"] == [-1, None, 0, 1, 2]  # 0 is one octave before 1, behind a gap
     assert marks["y"] == [91, None, 82, 62, 22]
     assert len(figure.rows) == 2 * 4
-    assert "n 2" in marks["text"][2] and "82.00 %" in marks["text"][2]
+    assert "n 2" in marks["text"][2]
+    assert "82.00 %" in marks["text"][2]
     assert "amp 0.25" in named(figure, "mirror")["text"][0]
 
 
@@ -103,7 +105,8 @@ def test_differences_are_paired_and_side_by_side() -> None:
     mirror, sign = (named(figure, rule)["x"] for rule in ("mirror", "sign"))
     assert [b - a for a, b in zip(mirror, sign, strict=True)] == pytest.approx([0.3] * 4)
     low, high = figure.plot["layout"]["xaxis"]["range"]
-    assert low < min(*mirror, *sign) and max(*mirror, *sign) < high
+    assert low < min(*mirror, *sign)
+    assert max(*mirror, *sign) < high
 
 
 def test_the_front_is_of_means_of_clean_accuracy_and_area() -> None:
@@ -125,15 +128,22 @@ def test_tables_and_sentences_are_those_of_the_terminal() -> None:
     page, site = robustness_page(given), given["sites"][0]
     curves, areas = (part for part in parts(page) if isinstance(part, Table))
     assert (curves.rows, areas.rows) == (curve_rows(site), table_rows(site))
-    assert list(page.lines) == verdict_lines(given) and len(page.lines) == 1
+    assert list(page.lines) == verdict_lines(given)
+    assert len(page.lines) == 1
 
 
 def test_many_sentences_stand_with_their_sites() -> None:
-    points = [p for site in SITES for rule in ("backprop", "mirror", "sign", "amp") for s in (0, 1) for p in
-              network(rule, s, 0.9, 0.8 - s / 100, 0.7, 0.2, site=site)]  # fmt: skip
+    points = [
+        p
+        for site in SITES
+        for rule in ("backprop", "mirror", "sign", "amp")
+        for s in (0, 1)
+        for p in network(rule, s, 0.9, 0.8 - s / 100, 0.7, 0.2, site=site)
+    ]
     given = summary(points)
     page = robustness_page(given)
-    assert len(verdict_lines(given)) > len(page.lines) and SEVERAL in page.lines
+    assert len(verdict_lines(given)) > len(page.lines)
+    assert SEVERAL in page.lines
     said = [line for site in SITES for line in section(page, site).lines]
     assert [*said, SEVERAL] == verdict_lines(given)
 
@@ -141,22 +151,26 @@ def test_many_sentences_stand_with_their_sites() -> None:
 def test_not_all_measured_means_no_verdict() -> None:
     page = robustness_page(summary(TWO, complete=False))
     assert [line for line in page.lines if "verdict" in line] == list(page.lines)
-    assert "more robust" not in " ".join(page.lines) and "less robust" not in " ".join(page.lines)
+    assert "more robust" not in " ".join(page.lines)
+    assert "less robust" not in " ".join(page.lines)
     assert "not all is measured yet" in parts(page)[0].note
 
 
 def test_one_seed_has_no_interval_and_one_rule_no_difference() -> None:
     page = robustness_page(summary(network("backprop", 0, 0.9, 0.8, 0.5, 0.1)))
     figure, missing, *_ = parts(page)
-    assert "one seed, and so without an interval" in figure.note and "95 %" not in figure.note
+    assert "one seed, and so without an interval" in figure.note
+    assert "95 %" not in figure.note
     assert not [trace for trace in figure.plot["data"] if trace.get("fill")]
-    assert isinstance(missing, Absent) and "only backprop" in missing.reason
+    assert isinstance(missing, Absent)
+    assert "only backprop" in missing.reason
     assert by_hand(figure.rows, figure.columns, level=1.0)["low"] is None
 
 
 def test_without_the_reference_it_says_so() -> None:
     missing = parts(robustness_page(summary(network("mirror", 0, 0.9, 0.8, 0.5, 0.1))))[1]
-    assert isinstance(missing, Absent) and "backprop was not measured here" in missing.reason
+    assert isinstance(missing, Absent)
+    assert "backprop was not measured here" in missing.reason
 
 
 def test_failed_levels_leave_a_gap_and_a_row() -> None:
@@ -180,17 +194,24 @@ def test_a_rule_that_no_noise_gets_to_has_its_clean_mark_alone() -> None:
     page = robustness_page(summary(points, unaffected={"update": ["feedback"]}))
     figure, differences, *_ = parts(page)
     assert [y for y in named(figure, "feedback, no noise")["y"] if y is not None] == [71]
-    assert "No noise gets to feedback" in figure.note and "Not compared: feedback" in differences.note
+    assert "No noise gets to feedback" in figure.note
+    assert "Not compared: feedback" in differences.note
     [front] = parts(page, "Pareto fronts")
     assert "not shown: feedback" in front.note
 
 
 def test_an_attack_through_b_is_compared_with_no_one_and_has_no_front() -> None:
-    points = [p for site in ("pgd", "pgd through B") for rule in ("backprop", "mirror") for s in (0, 1)
-              for p in network(rule, s, 0.9, 0.6, 0.3, 0.01 * s, site=site)]  # fmt: skip
+    points = [
+        p
+        for site in ("pgd", "pgd through B")
+        for rule in ("backprop", "mirror")
+        for s in (0, 1)
+        for p in network(rule, s, 0.9, 0.6, 0.3, 0.01 * s, site=site)
+    ]
     page = robustness_page(summary(points, floor=0.0, symbols={"pgd": "ε", "pgd through B": "ε"}))
     figure, missing, *_ = parts(page, "pgd through B")
-    assert isinstance(missing, Absent) and "not robustness" in missing.reason
+    assert isinstance(missing, Absent)
+    assert "not robustness" in missing.reason
     assert "ε (pixel values in [0, 1])" in figure.plot["layout"]["xaxis"]["title"]["text"].replace("<br>", " ")
     assert [part.title.split(":")[0] for part in parts(page, "Pareto fronts")] == ["pgd"]
 
@@ -207,7 +228,8 @@ def test_one_level_can_be_drawn_and_has_no_area() -> None:
     page = robustness_page(summary([*network("backprop", 0, 0.9, 0.5), *network("mirror", 0, 0.9, 0.5)]))
     assert isinstance(parts(page)[0], Figure)
     [front] = parts(page, "Pareto fronts")
-    assert isinstance(front, Absent) and "two levels" in front.reason
+    assert isinstance(front, Absent)
+    assert "two levels" in front.reason
 
 
 def test_units_are_those_of_the_sites_and_attacks() -> None:
@@ -220,9 +242,10 @@ def test_the_axis_of_levels_labels_what_it_has_room_for() -> None:
     site = {"site": "weight", "symbol": "σ", "levels": [0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]}
     made = axis(site)
     places, texts = made["tickvals"], made["ticktext"]
-    assert len(texts) == len(places) == 9 and (texts[0], texts[-1]) == ("0", "1")
+    assert len(texts) == len(places) == 9
+    assert (texts[0], texts[-1]) == ("0", "1")
     labelled = [x for x, text in zip(places, texts, strict=True) if text]
     room = (places[-1] - places[0]) / 9
-    assert min(b - a for a, b in zip(labelled, labelled[1:], strict=False)) >= 0.99 * room
+    assert min(b - a for a, b in itertools.pairwise(labelled)) >= 0.99 * room
     assert places[1:] == [place(level, site["levels"]) for level in site["levels"]]
     assert places[1] - places[0] == pytest.approx(math.log2(20) / 7)  # one step of the grid

@@ -12,8 +12,20 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from bench.looks import GREY
-from bench.pages.parts import SEQUENTIAL, Absent, Figure, Part, plot
-from bench.pages.trials import MARKS, METRICS, Search, Trial, counts, edge_axis, marks, thinned, trials_note
+from bench.pages.parts import SEQUENTIAL, Absent, Figure, Part, plot, slim
+from bench.pages.trials import (
+    MARKS,
+    METRICS,
+    Search,
+    Trial,
+    counts,
+    drawn_note,
+    edge_axis,
+    marks,
+    shown_of,
+    thinned,
+    trials_note,
+)
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -24,7 +36,7 @@ SURFACE_TRIALS = 100
 #: Fewer finished trials have no best tenth to speak of, which is what PED-ANOVA compares with the rest.
 IMPORTANCE_TRIALS = 10
 #: And more, evenly by rank, would change nothing that can be seen, and take Optuna seconds.
-IMPORTANCE_MOST = 1_000
+IMPORTANCE_MOST = 500
 
 #: Marks of one in the other are seen on any surface, in light and in dark (where `#000000` would be turned white).
 _DARK, _LIGHT = "#111111", "#ffffff"
@@ -63,7 +75,9 @@ def _slice(search: Search, metric: str, name: str) -> Figure:
     value = f"{METRICS[metric]}, %"
     return Figure(
         title=f"Slice: {METRICS[metric]} against {name}",
-        note=trials_note(search, trials, f"Each mark is a trial; the other coefficients differ, too.{lacking}"),
+        note=trials_note(
+            search, trials, f"Each mark is a trial; the other coefficients differ, too.{lacking}{drawn_note(trials)}"
+        ),
         plot=plot(
             marks(search, trials, metric, lambda t: t.params[name]),
             xaxis=_axis(search, name),
@@ -81,11 +95,12 @@ def _parallel(search: Search, metric: str) -> Figure:
     """Plotly's parallel coordinates: Optuna's have one trace per trial, and the stopped trials have none."""
     import plotly.graph_objects as go
 
-    values = [t.value(metric) for t in search.trials]
+    drawn = [trial for trials in shown_of(search.trials, metric).values() for trial in trials]
+    values = [t.value(metric) for t in drawn]
     present = [value for value in values if value is not None]
-    statuses = [status for status in MARKS if any(t.status == status for t in search.trials)]
-    dimensions = [_dimension(name, [t.params.get(name) for t in search.trials]) for name in search.params]
-    outcome = {"label": "outcome", "values": [statuses.index(t.status) for t in search.trials]}
+    statuses = [status for status in MARKS if any(t.status == status for t in drawn)]
+    dimensions = [_dimension(name, [t.params.get(name) for t in drawn]) for name in search.params]
+    outcome = {"label": "outcome", "values": [statuses.index(t.status) for t in drawn]}
     outcome |= {"tickvals": list(range(len(statuses))), "ticktext": statuses, "range": [-0.1, len(statuses) - 0.9]}
     low, high = (min(present), max(present)) if present else (0.0, 1.0)
     line: dict[str, Any] = {"color": [low if value is None else value for value in values], "colorscale": SEQUENTIAL}
@@ -96,6 +111,7 @@ def _parallel(search: Search, metric: str) -> Figure:
     said = (
         f"A line is a trial, coloured by its {METRICS[metric]} (yellow: high). Drag along an axis to see only the "
         "trials that pass there; a click on it shows all again. Coefficients are on log axes; 'none': it has none."
+        f"{drawn_note(search.trials)}"
     )
     return Figure(
         title=f"Parallel coordinates: {METRICS[metric]}",
@@ -178,7 +194,7 @@ def _surface(trials: Sequence[Trial], metric: str, x: str, y: str) -> Any:
     surface = next(trace for trace in drawn.data if trace.type == "contour")
     bar = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "thickness": 12, "len": 0.7}
     bar["title"] = {"text": f"{METRICS[metric]}, %", "side": "top"}
-    return surface.update(colorscale=SEQUENTIAL, reversescale=False, colorbar=bar, hoverinfo="skip")
+    return surface.update(z=slim(surface.z), colorscale=SEQUENTIAL, reversescale=False, colorbar=bar, hoverinfo="skip")
 
 
 def _marks_on(trials: Sequence[Trial], metric: str, x: str, y: str) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from bench.pages.parts import Absent, Cell, Figure, Link, Page, Part, Section, T
 KINDS = ("search", "robustness", "transfer", "matrix")
 PLURALS = {"search": "Searches", "robustness": "Robustness", "transfer": "Transfers", "matrix": "Matrices"}
 
-COLUMNS = ("study", "what", "result", "last row", "complete", "budget", "runs")
+COLUMNS = ("study", "what", "result", "complete", "budget", "runs", "last row")
 
 FIRST = "bench search --rule sparse --arch resnet50"
 
@@ -92,10 +92,10 @@ def _table(kind: str, entries: Sequence[Entry]) -> Table:
             Link(text=entry.name, href=entry.href) if entry.href else entry.name,
             entry.what,
             _whole(entry.headline),
-            entry.when,
             "yes" if entry.complete else "no",
             _whole(entry.budget),
             _whole(entry.runs),
+            entry.when,
         )
         for entry in sorted(named, key=lambda entry: entry.when, reverse=True)
     ]

@@ -123,7 +123,8 @@
 
   async function copy(button) {
     const table = button.closest(".table").querySelector("table");
-    const text = [...table.rows].map((row) => [...row.cells].map((c) => c.textContent.trim()).join("\t")).join("\n");
+    const words = (cell) => cell.textContent.trim().replaceAll("\u00a0", " ");
+    const text = [...table.rows].map((row) => [...row.cells].map(words).join("\t")).join("\n");
     let done = true;
     try {
       await navigator.clipboard.writeText(text);
@@ -151,17 +152,18 @@
 
   async function start() {
     figures = JSON.parse(await unpacked("figures"));
-    if (!figures.length) return;
-    const script = document.createElement("script");
-    script.textContent = await unpacked("plotly");
-    document.head.append(script);
-    watch();
+    if (figures.length) {
+      const script = document.createElement("script");
+      script.textContent = await unpacked("plotly");
+      document.head.append(script);
+      watch();
+    }
     dark.addEventListener("change", () => drawAll((n) => drawn.has(n)));
     narrow.addEventListener("change", () => drawAll((n) => drawn.has(n)));
     const print = (on) => () => { printing = on; drawAll(); };
     window.addEventListener("beforeprint", print(true));
     window.addEventListener("afterprint", print(false));
-    window.drawEverything = () => drawAll((n) => !drawn.has(n));
+    window.drawEverything = () => drawAll((n) => !drawn.has(n)); // before the reader scrolls there
   }
 
   start().catch((error) => {

@@ -153,6 +153,6 @@ def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], rule: 
 
 def whiskers(estimates: Sequence[Mapping[str, Any]], scale: float = 100) -> dict[str, Any]:
     """Plotly's error bars: the 95 % intervals of estimates; none where there is none (n = 1)."""
-    up = [0.0 if e["high"] is None else scale * (e["high"] - e["mean"]) for e in estimates]
-    down = [0.0 if e["low"] is None else scale * (e["mean"] - e["low"]) for e in estimates]
+    up = [None if e["high"] is None else scale * (e["high"] - e["mean"]) for e in estimates]
+    down = [None if e["low"] is None else scale * (e["mean"] - e["low"]) for e in estimates]
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.2, "width": 4}

@@ -24,11 +24,12 @@ from bench.summary import UPDATES
 #: What a search maximises, in words; both in % of accuracy.
 METRICS = {"val_acc": "validation accuracy", "val_area": "area under validation accuracy against noise"}
 
-#: A figure of more points is drawn by WebGL: as SVG it would take the browser seconds.
-SVG_POINTS = 5_000
+#: So many trials of one status are drawn, evenly by rank: more cannot be told apart. The CSV has all.
+DRAWN = 1_000
 
-#: More lines than this of one status cannot be told apart; these are drawn, chosen evenly by rank, and all are in the CSV.
-CURVES = 1_000
+#: Learning curves of more points are drawn by WebGL: as SVG they would take the browser seconds. (Nothing else is: a
+#: browser has some sixteen WebGL contexts, and a figure takes three.)
+SVG_POINTS = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,52 +141,63 @@ def counts(trials: Iterable[Trial]) -> str:
 
 
 def thinned(trials: Sequence[Trial], metric: str, most: int) -> list[Trial]:
-    """At most so many trials, evenly by rank: the best and the worst are among them."""
+    """At most so many trials, evenly by rank, in their order: the best and the worst are among them."""
+    if len(trials) <= most:
+        return list(trials)
 
     def rank(trial: Trial) -> tuple[float, int]:
         value = trial.value(metric)
         return (-math.inf if value is None else value, trial.number)
 
     ranked = sorted(trials, key=rank)
-    if len(ranked) <= most:
-        return ranked
-    return [ranked[round(i * (len(ranked) - 1) / (most - 1))] for i in range(most)]
+    chosen = [ranked[round(i * (len(ranked) - 1) / (most - 1))] for i in range(most)]
+    return sorted(chosen, key=lambda trial: trial.number)
 
 
 # --- marks: one trace per status; what has no value is marked on the lower edge ------------------------------------
 
 
-def scatter(points: int) -> Any:
-    """Plotly's class for so many points."""
-    import plotly.graph_objects as go
+def shown_of(trials: Sequence[Trial], metric: str) -> dict[str, list[Trial]]:
+    """The trials that are drawn, by status."""
+    return {status: thinned([t for t in trials if t.status == status], metric, DRAWN) for status in MARKS}
 
-    return go.Scatter if points <= SVG_POINTS else go.Scattergl
+
+def drawn_note(trials: Sequence[Trial]) -> str:
+    """That not all are drawn, where that is so."""
+    statuses = [trial.status for trial in trials]
+    drawn = sum(min(DRAWN, statuses.count(status)) for status in MARKS)
+    if drawn == len(trials):
+        return ""
+    return f" Of the trials {drawn:,} are drawn, up to {DRAWN:,} of a status, evenly by rank; the CSV has all."
 
 
 def marks(search: Search, trials: Sequence[Trial], metric: str, x: Callable[[Trial], float]) -> Iterator[Any]:
     """Value against x, a trace per status, and a ring around the best; without a value: on the edge (`edge_axis`)."""
-    made = scatter(len(trials))
-    for status, mark in MARKS.items():
-        shown = [t for t in trials if t.status == status and t.value(metric) is not None]
-        edge = [t for t in trials if t.status == status and t.value(metric) is None]
+    import plotly.graph_objects as go
+
+    for status, drawn in shown_of(trials, metric).items():
+        mark = MARKS[status]
+        among = f" of {n:,}" if (n := sum(t.status == status for t in trials)) > len(drawn) else ""
+        shown = [t for t in drawn if t.value(metric) is not None]
+        edge = [t for t in drawn if t.value(metric) is None]
         style = {"symbol": mark.symbol, "size": 8, "color": search.color if status == "finished" else GREY}
         kept = {"mode": "markers", "marker": style, "opacity": mark.opacity}
         if shown:
-            yield made(
+            yield go.Scatter(
                 x=[x(t) for t in shown],
                 y=[t.value(metric) for t in shown],
                 text=[t.text for t in shown],
-                name=f"{mark.words} ({len(shown)})",
+                name=f"{mark.words} ({len(shown):,}{among})",
                 hovertemplate="%{text}<br>" + METRICS[metric] + " %{y:.2f} %<extra></extra>",
                 **kept,
             )
         if edge:
-            yield made(
+            yield go.Scatter(
                 x=[x(t) for t in edge],
                 y=[0.02] * len(edge),
                 yaxis="y2",
                 text=[t.text for t in edge],
-                name=f"{mark.words}, no value: on the edge ({len(edge)})",
+                name=f"{mark.words}, no value: on the edge ({len(edge):,}{among})",
                 hovertemplate="%{text}<br>no value<extra></extra>",
                 **kept,
             )
@@ -193,7 +205,7 @@ def marks(search: Search, trials: Sequence[Trial], metric: str, x: Callable[[Tri
     if best is not None:
         ring = {"symbol": "circle-open", "size": 16, "color": search.color, "line": {"width": 2}}
         place = {"x": [x(best)], "y": [best.value(metric)]}
-        yield made(**place, mode="markers", marker=ring, name="the best finished", hoverinfo="skip")
+        yield go.Scatter(**place, mode="markers", marker=ring, name="the best finished", hoverinfo="skip")
 
 
 def edge_axis() -> dict[str, Any]:
@@ -215,6 +227,8 @@ _Run = tuple[str, Row]
 
 def learning_curves(search: Search, confirmed: Sequence[Row]) -> Part:
     """Validation accuracy after each epoch: all trials, and the confirmed runs."""
+    import plotly.graph_objects as go
+
     title = "Learning curves: validation accuracy"
     kinds = [*((t.text, t.row) for t in search.trials), *((described(row), row) for row in confirmed)]
     points = {row["uid"]: curve_of(row) for _, row in kinds}
@@ -223,17 +237,15 @@ def learning_curves(search: Search, confirmed: Sequence[Row]) -> Part:
     said = (
         "A line is a run; faded: stopped early; × at chance: diverged. In the colour of the rule: the best trial "
         f"(dashed) and {len(confirmed)} confirmed runs with fresh seeds (by status: {tally(confirmed)})."
+        f"{drawn_note(search.trials)}"
     )
-    shown = {status: thinned([t for t in search.trials if t.status == status], "val_acc", CURVES) for status in MARKS}
-    drawn = sum(map(len, shown.values()))
-    if drawn < len(search.trials):
-        said += f" Of the trials {drawn} are drawn, up to {CURVES} of a status, evenly by rank; all are in the CSV."
+    shown = shown_of(search.trials, "val_acc")
     total = sum(len(points[t.row["uid"]]) for trials in shown.values() for t in trials)
     return Figure(
         title=title,
         note=trials_note(search, search.trials, said),
         plot=plot(
-            _all_curves(search, shown, confirmed, scatter(total)),
+            _all_curves(search, shown, confirmed, go.Scatter if total <= SVG_POINTS else go.Scattergl),
             xaxis={"title": {"text": "epoch"}, "tickformat": "d", **({"dtick": 1} if search.epochs <= 12 else {})},
             yaxis={"title": {"text": "validation accuracy, %"}},
             showlegend=True,
@@ -266,7 +278,7 @@ def _all_curves(
     search: Search, shown: Mapping[str, Sequence[Trial]], confirmed: Sequence[Row], made: Any
 ) -> Iterator[Any]:
     best = best_of(search.trials, "val_acc")
-    faint = max(0.06, min(0.6, 30 / max(1, sum(map(len, shown.values())))))
+    faint = max(0.25, min(0.6, 30 / max(1, sum(map(len, shown.values())))))
     for status, mark in MARKS.items():
         runs = [(t.text, t.row) for t in shown[status] if t is not best]
         opacity = faint if status == "finished" else 0.6 * faint
@@ -275,7 +287,7 @@ def _all_curves(
         yield from _curves(made, runs, f"trials: {name}", {**style, "opacity": opacity})
     if best is not None:
         style = {"line": {"color": search.color, "width": 3, "dash": "dash"}, "marker": {"color": search.color}}
-        yield from _curves(made, [(best.text, best.row)], f"best trial ({best.number})", style)
+        yield from _curves(made, [(best.text, best.row)], f"best trial: {best.number}", style)
     for rule in dict.fromkeys(row["config"]["rule"] for row in confirmed):
         runs = [(described(row), row) for row in confirmed if row["config"]["rule"] == rule]
         style = {key: value for key, value in rule_style(rule, size=6).items() if key in ("line", "marker")}
@@ -311,13 +323,16 @@ def _curves(made: Any, runs: Sequence[_Run], name: str, style: Mapping[str, Any]
 
 def optimisation_history(search: Search, metric: str) -> Part:
     """What each trial came to, in the order in which they were proposed, and the best so far."""
+    import plotly.graph_objects as go
+
     title = f"Optimisation history: {METRICS[metric]}"
     if not search.trials:
         return Absent(title=title, reason="the search has no trial yet.")
     best = _running_best(search.trials, metric)
-    steps = scatter(len(best))(
-        x=[t.number for t in search.trials],
-        y=best,
+    turns = [i for i, value in enumerate(best) if i in (0, len(best) - 1) or value != best[i - 1]]
+    steps = go.Scatter(
+        x=[search.trials[i].number for i in turns],
+        y=[best[i] for i in turns],
         mode="lines",
         line={"color": search.color, "width": 2, "shape": "hv"},
         name="best so far",
@@ -326,7 +341,9 @@ def optimisation_history(search: Search, metric: str) -> Part:
     value = f"{METRICS[metric]}, %"
     return Figure(
         title=title,
-        note=trials_note(search, search.trials, "The line is the best of the finished trials so far."),
+        note=trials_note(
+            search, search.trials, f"The line is the best of the finished trials so far.{drawn_note(search.trials)}"
+        ),
         plot=plot(
             [steps, *marks(search, search.trials, metric, lambda t: t.number)],
             xaxis={"title": {"text": "trial"}, "tickformat": "d", "zeroline": False},
