@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import engine
 from bench.choices import OBJECTIVES
-from bench.config import StudyConfig, TrialConfig, TrialResult, digest
+from bench.config import StudyConfig, TrialConfig, TrialResult
+from bench.director import WAIT, Task, Wait
 from bench.learning.rules import parse_rule
 from bench.place import Place
-from bench.rows import Row, RowFile, result_of
+from bench.rows import Row, RowFile, control_uid, result_of
 from bench.runs import FIRST_CONFIRM_SEED, Planned, Recorder, Running, Runs
 from bench.space import Space
 from bench.study import Study
@@ -67,13 +67,8 @@ def trial_config(
     return TrialConfig.from_dict(values)
 
 
-def control_uid(config: TrialConfig, key: str) -> str:
-    """The name of a control's run, the same in every search beside which it stands; ``key`` as in `Place`."""
-    return f"control-{config.rule}-{digest([config.identity(), key])}"
-
-
 class Campaign(Runs):
-    """The source of all runs of one search (an `engine.Source`), and the keeper of its rows."""
+    """The source of all runs of one search (an `director.Source`), and the keeper of its rows."""
 
     def __init__(self, ready: Ready, study: Study, tracker: Recorder, *, rows: RowFile, controls: RowFile) -> None:
         files = {"search": rows, "confirm": rows, "control": controls}
@@ -118,9 +113,9 @@ class Campaign(Runs):
         """Nothing is left to run."""
         return not (self.searching or any(self._open(self.control_tasks())) or any(self._open(self.confirm_tasks())))
 
-    # --- engine.Source
+    # --- director.Source
 
-    def next(self) -> engine.Task | engine.Wait | None:
+    def next(self) -> Task | Wait | None:
         while proposal := self._study.ask():
             if proposal.uid in self._done:  # killed between the row and the tell
                 self._study.tell(proposal.uid, result_of(self._done[proposal.uid]))
@@ -132,17 +127,17 @@ class Campaign(Runs):
         for uid, plan in self._open(self.control_tasks()):
             return self._task(uid, plan)
         if self.searching:
-            return engine.WAIT
+            return WAIT
         for uid, plan in self._open(self.confirm_tasks()):
             return self._task(uid, plan)
-        return engine.WAIT if self.awaits_controls() else None
+        return WAIT if self.awaits_controls() else None
 
     def awaits_controls(self) -> bool:
         """Whether another search of the same programme has a control of ours under way."""
         following = map(self._next_attempt, self.control_tasks())
         return any(uid is not None and uid not in self._running and self.elsewhere(uid) for uid in following)
 
-    def _task(self, uid: str, plan: Planned) -> engine.Task:
+    def _task(self, uid: str, plan: Planned) -> Task:
         return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))
 
     def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:

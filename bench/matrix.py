@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.campaign import CONTROLS, Ready, confirm_seeds, control_uid, trial_config
+from bench.campaign import CONTROLS, Ready, confirm_seeds, trial_config
 from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
 from bench.learning.primitives import PRIMITIVES
@@ -22,7 +22,7 @@ from bench.pages.matrix import matrix_page
 from bench.place import Options, Place
 from bench.plans import BUDGET, Variant, Wanted, find_study, plan
 from bench.programme import Programme, Say, check_own_name, conclude, recorded
-from bench.rows import Row, RowFile
+from bench.rows import Row, RowFile, control_uid
 from bench.runs import Outcome, carry_out
 from bench.space import Space
 from bench.summary import best_trial, same_setting

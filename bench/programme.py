@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench import engine
 from bench.campaign import Campaign, Ready
 from bench.config import Strict, TrialResult, UserError
+from bench.director import WAIT, Task, Wait
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.journal import BusyError, check_kind, claimed
 from bench.pages.parts import Page
@@ -60,7 +60,7 @@ class _Member:
 
 
 class Programme:
-    """An `engine.Source` made of searches in their order; ``then`` is told of each that is over, and runs after them.
+    """An `director.Source` made of searches in their order; ``then`` is told of each that is over, and runs after them.
 
     A context: what is open when it is left is closed (by an exception: as failed). ``busy``: the searches that other
     processes have.
@@ -85,26 +85,26 @@ class Programme:
             for member in self._members:
                 all_of_them.push(member.stack.__exit__)
 
-    # --- engine.Source
+    # --- director.Source
 
-    def next(self) -> engine.Task | engine.Wait | None:
+    def next(self) -> Task | Wait | None:
         waiting = False
         for member in self._members:
             if member.over or (campaign := self._campaign(member)) is None:
                 continue
             task = campaign.next()
-            if isinstance(task, engine.Task):
+            if isinstance(task, Task):
                 self._owner[task.uid] = campaign
                 return task
-            if task is engine.WAIT or campaign.running:
+            if task is WAIT or campaign.running:
                 waiting = True
             else:
                 self._close(member, "done")
         task = None if self._then is None else self._then.next()
-        if isinstance(task, engine.Task) and self._then is not None:
+        if isinstance(task, Task) and self._then is not None:
             self._owner[task.uid] = self._then
             return task
-        return engine.WAIT if waiting or task is engine.WAIT else None
+        return WAIT if waiting or task is WAIT else None
 
     def started(self, uid: str) -> None:
         self._owner[uid].started(uid)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.config import StudyConfig, TrialConfig, UserError, digest, unknown
+from bench.config import StudyConfig, TrialConfig, UserError, unknown
 from bench.files import read_yaml
 from bench.journal import BOOKS
 from bench.learning.rules import ANY
 from bench.recipes import RECIPE_FIELDS
-from bench.rows import Row, RowFile
+from bench.rows import Row, RowFile, control_uid, last_attempts
 from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, summarize
 
 StudyKind = Literal["search", "robustness", "transfer", "matrix"]
@@ -138,7 +137,7 @@ def read_search(found: Found, controls: Sequence[Row] | None = None) -> SearchRo
         what = BOOKS[f"{found.kind}.yaml"]
         raise UserError(f"{found.name} is {what}, not a search; bench report {found.name} makes its page.")
     config, runs_on = _book(found)
-    own = _last_attempts(row for row in _read(_file_of(found)) if found.folder.is_dir() or row["study"] == found.name)
+    own = last_attempts(row for row in _read(_file_of(found)) if found.folder.is_dir() or row["study"] == found.name)
     own = [_whole(row) for row in own]
     searched = sorted((r for r in own if r["kind"] == "search"), key=lambda r: (len(r["uid"]), r["uid"]))
     confirmed = sorted((r for r in own if r["kind"] == "confirm"), key=lambda r: r["config"]["seed"])
@@ -158,7 +157,7 @@ def read_controls(found: Found) -> list[Row]:
     """All controls that lie where this study's do, the last attempt at each."""
     beside = found.folder.parent
     path = beside / "controls" / "rows.jsonl" if found.folder.is_dir() else beside / "controls.jsonl"
-    return [_whole(row) for row in _last_attempts(_read(path)) if row["kind"] == "control"]
+    return [_whole(row) for row in last_attempts(_read(path)) if row["kind"] == "control"]
 
 
 def place_of(row: Mapping[str, Any]) -> str | None:
@@ -192,17 +191,6 @@ def _read(path: Path) -> list[Row]:
 
 def _whole(row: Row) -> Row:
     return {**row, "config": {**USUAL, **row["config"]}}
-
-
-def _last_attempts(rows: Iterable[Row]) -> list[Row]:
-    """Of the attempts at one run (uid, uid.2, uid.3, ...) the last."""
-    by_uid = {row["uid"]: row for row in rows}
-    return [row for uid, row in by_uid.items() if _next_attempt(uid, by_uid) not in by_uid]
-
-
-def _next_attempt(uid: str, known: Mapping[str, Row]) -> str:
-    tried = re.fullmatch(r"(.+)\.(\d+)", uid)
-    return f"{tried[1]}.{int(tried[2]) + 1}" if tried and tried[1] in known else f"{uid}.2"
 
 
 # --- its controls ----------------------------------------------------------------------------------------
@@ -244,8 +232,7 @@ def _ran_at(row: Row, place: str) -> bool:
     if known is not None:
         return known == place
     config = TrialConfig.from_dict(row["config"])
-    named = f"control-{config.rule}-{digest([config.identity(), place])}"  # as in bench.campaign.control_uid
-    return str(row["uid"]).partition(".")[0] == named
+    return str(row["uid"]).partition(".")[0] == control_uid(config, place)
 
 
 # --- its summary -----------------------------------------------------------------------------------------

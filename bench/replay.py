@@ -18,12 +18,9 @@ from bench.files import read_yaml
 from bench.place import Options, Place, Share
 from bench.plans import Variant, Wanted, find_study
 from bench.programme import Searched
-from bench.robustness import Ready as Measurement
-from bench.robustness import Robustness
-from bench.robustness_plan import Plan, RobustnessConfig
-from bench.robustness_points import summary_of
-from bench.rows import Row, RowFile
-from bench.runs import last_attempts
+from bench.robustness_plan import RobustnessConfig
+from bench.robustness_points import is_whole, summary_of
+from bench.rows import Row, RowFile, last_attempts
 from bench.space import Space
 
 
@@ -76,15 +73,9 @@ def matrix_again(folder: Path) -> dict[str, Any]:
 def robustness_again(folder: Path) -> dict[str, Any]:
     """`bench.robustness`'s summary of all that was measured under this name, whatever the last command asked for."""
     config = RobustnessConfig.from_dict(_book(folder, "robustness.yaml"))
-    file = _file(folder)
-    place = _place(file.read(), Options(results=folder.parent), folder)
-    rows = list(last_attempts(file.by_uid()).values())
-    given = any(
-        "file" in row["evaluation"] for row in rows
-    )  # of networks that may be gone: then nothing is left to run
-    ready = Measurement(config=config, plan=Plan(config, key=place.key, folder=folder), place=place)
-    complete = given or Robustness(ready, Silent(), file).complete
-    return summary_of(config, rows, place, complete=complete)
+    rows = last_attempts(_file(folder).read())
+    place = _place(rows, Options(results=folder.parent), folder)
+    return summary_of(config, rows, place, complete=is_whole(config, rows))
 
 
 # --- what lies there

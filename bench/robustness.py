@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import engine
 from bench.config import TrialConfig, TrialResult, UserError
+from bench.director import WAIT, Task, Wait
 from bench.evaluators.adversarial import ATTACKS
 from bench.figures import robustness_figure
 from bench.files import read_yaml, write_atomic, write_yaml
@@ -42,7 +42,7 @@ class Ready:
 
 
 class Robustness(Runs):
-    """The source of all runs of one measurement (an `engine.Source`), and the keeper of its rows."""
+    """The source of all runs of one measurement (an `director.Source`), and the keeper of its rows."""
 
     def __init__(self, ready: Ready, tracker: Recorder, rows: RowFile) -> None:
         super().__init__(ready.config.name, ready.place, tracker, {"robustness": rows})
@@ -77,12 +77,12 @@ class Robustness(Runs):
         """Nothing is left to run."""
         return not (any(self._open(self._trainings)) or any(self._open(self._evaluations())))
 
-    # --- engine.Source
+    # --- director.Source
 
-    def next(self) -> engine.Task | engine.Wait | None:
+    def next(self) -> Task | Wait | None:
         for uid, plan in self._ready():
             return self._task(uid, plan)
-        return None if self.complete and not self._running else engine.WAIT
+        return None if self.complete and not self._running else WAIT
 
     def _ready(self) -> Iterator[tuple[str, Planned]]:
         """The networks first, then what becomes of them, then the long row of noisy trainings."""
@@ -111,7 +111,7 @@ class Robustness(Runs):
             return self._networks[base].path.absolute()
         return super()._checkpoint(uid)
 
-    def _task(self, uid: str, plan: Planned) -> engine.Task:
+    def _task(self, uid: str, plan: Planned) -> Task:
         if plan.evaluation:
             network = self._probes[_base(uid, self._probes)].network
             if not network.path.exists():

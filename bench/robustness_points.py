@@ -56,6 +56,23 @@ def points_of(config: RobustnessConfig, rows: Sequence[Row]) -> list[Point]:
     return [*_update_points(config, rows), *_probe_points(config, rows)]
 
 
+def is_whole(config: RobustnessConfig, rows: Sequence[Row]) -> bool:
+    """Whether these rows are all that was asked for: every rule, seed, curve and level, and no failure among them."""
+    given = any("file" in row["evaluation"] for row in rows)
+    seeds = _seeds(rows) if given else range(config.first_seed, config.first_seed + config.seeds)
+    gradients = _gradients(config, rows)
+    wanted = {
+        (curve, rule, seed, level)
+        for site, levels in config.levels.items()
+        for curve in _curves_of(site, gradients)
+        for rule in config.rules
+        for seed in seeds
+        for level in (0.0, *(() if site == "update" and config.unaffected(rule) else levels))
+    }
+    points = points_of(config, rows)
+    return wanted <= {(p.site, p.rule, p.seed, p.level) for p in points if p.status != "failed"}
+
+
 def _asked_for(config: RobustnessConfig, row: Mapping[str, Any]) -> bool:
     """Not at a level that the last command's grid does not have: a curve is of one grid."""
     done = row["evaluation"] or {"site": "update", "level": row["config"].get("update_noise", 0.0)}

@@ -12,11 +12,12 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.config import Kind, TrialResult, UserError
+from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
 
 if TYPE_CHECKING:
     import pandas
@@ -172,6 +173,22 @@ def _parse(path: Path, data: bytes, uids: set[str], first: int) -> list[Row]:
         uids.add(found["uid"])
         rows.append(found)
     return rows
+
+
+def last_attempts(rows: Iterable[Row]) -> list[Row]:
+    """Of the attempts at one run (uid, uid.2, uid.3, ...) the last."""
+    by_uid = {row["uid"]: row for row in rows}
+    return [row for uid, row in by_uid.items() if _next_attempt(uid, by_uid) not in by_uid]
+
+
+def _next_attempt(uid: str, known: Mapping[str, Row]) -> str:
+    tried = re.fullmatch(r"(.+)\.(\d+)", uid)
+    return f"{tried[1]}.{int(tried[2]) + 1}" if tried and tried[1] in known else f"{uid}.2"
+
+
+def control_uid(config: TrialConfig, key: str) -> str:
+    """The name of a control's run, in every search beside which it stands; ``key`` as in `bench.place.Place`."""
+    return f"control-{config.rule}-{digest([config.identity(), key])}"
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

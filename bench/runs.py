@@ -1,6 +1,6 @@
 """Runs that a source hands out: which are done, which are under way, and what became of them.
 
-`Runs` is the part of an `engine.Source` that knows nothing of what there is to run: a search, or a measurement of
+`Runs` is the part of an `director.Source` that knows nothing of what there is to run: a search, or a measurement of
 robustness, says that. What is finished is a row, and is never run again; what failed is tried again at the next start.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from bench import engine
 from bench.config import Kind, TrialConfig, TrialResult, UserError
+from bench.director import Source, Task, Wait
 from bench.place import Place
 from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
@@ -49,15 +49,6 @@ class Running:
     since: float
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-def last_attempts(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """By the name of the first, the last attempt at each run (uid, uid.2, ...)."""
-    found = {}
-    for uid, known in rows.items():
-        base, dot, attempt = uid.rpartition(".")
-        found[base if dot and attempt.isdigit() and base in rows else uid] = known
-    return found
 
 
 class Recorder(Protocol):
@@ -100,8 +91,8 @@ class Runs:
         """Nothing is left to run."""
         raise NotImplementedError
 
-    def next(self) -> engine.Task | engine.Wait | None:
-        """As `engine.Source` has it."""
+    def next(self) -> Task | Wait | None:
+        """As `director.Source` has it."""
         raise NotImplementedError
 
     @property
@@ -147,9 +138,9 @@ class Runs:
     def _settled(self, plans: Mapping[str, Planned]) -> int:
         return sum(self._next_attempt(base) is None for base in plans)
 
-    # --- engine.Source, but for `next`
+    # --- director.Source, but for `next`
 
-    def _task(self, uid: str, plan: Planned) -> engine.Task:
+    def _task(self, uid: str, plan: Planned) -> Task:
         self._running[uid] = Running(plan, time.monotonic())
         options = {
             "data_dir": self._place.options.data_dir,
@@ -157,7 +148,7 @@ class Runs:
             "threads": self._place.share.threads,
             **plan.options,
         }
-        return engine.Task(uid=uid, config=plan.config, options=options)
+        return Task(uid=uid, config=plan.config, options=options)
 
     def _checkpoint(self, uid: str) -> Path:
         return (self._place.options.results / self.name / "checkpoints" / f"{uid}.pt").absolute()
@@ -236,7 +227,7 @@ class Runs:
         return "\n".join(self._lines())
 
 
-class Complete(engine.Source, Protocol):
+class Complete(Source, Protocol):
     """A source that knows whether anything is left to run."""
 
     @property
@@ -258,6 +249,8 @@ def carry_out(
     """Run what is left of the source at this place; "known": nothing was. ``watch``: as in `bench.search.search`."""
     if source.complete:
         return "known"
+    from bench import engine  # Ray takes seconds to import, and who only reads rows needs none
+
     return engine.run(
         source,
         trial=trial,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench import engine
 from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.config import Strict, TrialConfig, check_range, digest
+from bench.director import WAIT, Task, Wait
 from bench.pages.transfer import transfer_page
 from bench.place import Options, Place
 from bench.plans import Variant, Wanted, plan
@@ -136,10 +136,10 @@ class Transfer(Follower):
         """Nothing is left to run, as far as the searches are known."""
         return not any(self._open(self._plans))
 
-    def next(self) -> engine.Task | engine.Wait | None:
+    def next(self) -> Task | Wait | None:
         for uid, planned in self._open(self._plans):
             return self._task(uid, planned.with_options(checkpoint=str(self._checkpoint(uid))))
-        return engine.WAIT if self._running else None
+        return WAIT if self._running else None
 
     def _of(self, route: Route) -> dict[str, Planned]:
         """The runs of a route, but for those that its searches had."""

@@ -143,7 +143,7 @@ def test_of_one_seed_there_is_no_interval() -> None:
     found = figure(index_page([search("amp", [0.5]), search("mirror", [0.5, 0.6])]))
     row = next(row for row in found.rows if row[2] == "amp")
     assert row[3:8] == [50.0, None, None, None, 1]
-    assert found.plot["data"][0]["error_x"]["array"][1] == 0
+    assert found.plot["data"][0]["error_x"]["array"][1] is None
     assert "n = 1 to 2 seeds (one has no interval)" in found.note
 
 

@@ -171,7 +171,7 @@ def test_accuracies_have_their_interval_and_their_seeds() -> None:
 
 def test_a_single_seed_has_no_interval() -> None:
     mean = figure(page_of(confirmed=CONFIRMED[:1], controls=()), "Test accuracy").plot["data"][0]
-    assert (mean["error_x"]["array"], mean["error_x"]["arrayminus"]) == ([0.0], [0.0])
+    assert (mean["error_x"]["array"], mean["error_x"]["arrayminus"]) == ([None], [None])
 
 
 def test_a_diverged_seed_counts_at_chance_and_is_marked() -> None:

@@ -23,6 +23,7 @@ from bench.noise import ADDED_UP
 from bench.place import Options
 from bench.present import print_robustness
 from bench.probe import digest_of, run_probe
+from bench.replay import robustness_again
 from bench.robustness import Ready, Robustness, measure, prepare_measurement
 from bench.robustness_plan import Plan, RobustnessConfig
 from bench.rows import RowFile
@@ -65,7 +66,7 @@ def test_what_a_measurement_leaves(tmp_path: Path, pretended: dict[str, Any]) ->
     outcome, found = measure(made, say=print)
     assert (outcome, found["complete"]) == ("done", True)
     names = ("update", "weight", "fgsm", "fgsm-through-B")
-    files = {"robustness.yaml", "rows.jsonl", "summary.json", *(f"{name}.svg" for name in names)}
+    files = {"robustness.yaml", "rows.jsonl", "summary.json", "report.html", *(f"{name}.svg" for name in names)}
     assert {p.name for p in made.folder.iterdir()} == {*files, "lock"}  # the networks are gone
     assert json.loads((made.folder / "summary.json").read_text())["sites"] == found["sites"]
     (sent,) = pretended["tracker"].of("artifacts")
@@ -409,7 +410,10 @@ def test_a_measurement_from_end_to_end(tmp_path: Path) -> None:
             wanted = [(0.0, rule["clean"]), *((at["level"], at["acc"]) for at in rule["curve"])]
             assert sorted(points) == [(round(level * 1e6), pytest.approx(acc["mean"])) for level, acc in wanted]
     files = {file.path for file in book.client().list_artifacts(parent.info.run_id)}
-    assert files == {"robustness.yaml", "rows.jsonl", "summary.json", "update.svg", "input.svg", "fgsm.svg"}
+    kept = {"robustness.yaml", "rows.jsonl", "summary.json", "report.html"}
+    assert files == {*kept, "update.svg", "input.svg", "fgsm.svg"}
+    from_rows = json.loads(json.dumps(robustness_again(folder)))
+    assert from_rows == {key: found[key] for key in from_rows}
 
     # the same again runs nothing, and says nothing twice
     before = content(book, name)

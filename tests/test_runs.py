@@ -213,7 +213,8 @@ def test_whatever_happens_it_comes_to_its_end_and_nothing_is_lost_or_doubled(see
     assert Counter(r["status"] for r in rows)["failed"] == 0
     assert len(rows) == len({r["uid"] for r in rows})
     diverged = {(r["config"]["rule"], r["config"]["seed"]) for r in rows if r["status"] == "diverged"}
-    points = {(p.site, p.rule, p.seed, p.level) for p in life.made.points()}
-    assert len(points) == 2 * 2 * 3 * 3  # whole: rules, seeds, sites, levels
+    sites = life.made.summary()["sites"]
+    assert [(len(site["rules"]), len(site["levels"])) for site in sites] == [(2, 2)] * 3
+    assert {(len(rule["seeds"]), rule["incomplete"]) for site in sites for rule in site["rules"]} == {(2, 0)}
     trained = {(r["config"]["rule"], r["config"]["seed"]) for r in rows if r["evaluation"]}
     assert len(trained | diverged) == 4

@@ -117,7 +117,8 @@ def test_a_host_beyond_loopback_is_warned_of(store: Path) -> None:
     said: list[str] = []
     with pytest.raises(UserError, match="server ended"):
         serve(store, host="0.0.0.0", port=0, say=said.append)
-    assert "asks nobody for a password" in said[0]
+    assert said[0].startswith("Pages: none yet")
+    assert "asks nobody for a password" in said[1]
     assert "http://127.0.0.1:" in said[-2]
 
 
@@ -125,18 +126,18 @@ def test_a_server_elsewhere_is_not_started_again(tmp_path: Path) -> None:
     port = ui._free_port("127.0.0.1", 0, print)
     said: list[str] = []
     with ui._server([sys.executable, "-c", FAKE, str(port)], {}, tmp_path / "log") as server:
-        ui._wait(server, f"http://127.0.0.1:{port}", tmp_path / "log")
+        ui._wait("it", server, f"http://127.0.0.1:{port}/health", tmp_path / "log")
         serve(tmp_path, tracking_uri=f"http://127.0.0.1:{port}", say=said.append)
-    assert [line.partition(":")[0] for line in said] == ["old", "new", "All runs side by side"]
+    assert [line.partition(":")[0] for line in said] == ["Pages", "old", "new", "All runs side by side"]
 
 
 def test_a_server_that_does_not_start_gives_its_last_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('first'); print('the reason'); exit(3)"]
     with (
-        pytest.raises(UserError, match="did not start: the reason"),
+        pytest.raises(UserError, match="it did not start: the reason"),
         ui._server(command, {}, tmp_path / "log") as server,
     ):
-        ui._wait(server, "http://127.0.0.1:9", tmp_path / "log")
+        ui._wait("it", server, "http://127.0.0.1:9", tmp_path / "log")
 
 
 def test_a_taken_port_gives_way_to_a_free_one() -> None:
