@@ -49,6 +49,10 @@ class Book:
     def points(self, run: Any, key: str) -> list[tuple[int, float]]:
         return [(p.step, p.value) for p in self.client().get_metric_history(run.info.run_id, key)]
 
+    def files(self, run: Any) -> set[str]:
+        """The names of its artifacts."""
+        return {file.path for file in self.client().list_artifacts(run.info.run_id)}
+
     def snapshot(self, study: str) -> Any:
         """All that MLflow holds of a study, without ids and times."""
         found = []

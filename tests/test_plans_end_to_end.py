@@ -15,6 +15,7 @@ import pytest
 
 from bench.replay import matrix_again, transfer_again
 from bench.space import space_folder
+from mlflow_book import Book
 from rehearsal import rows
 
 QUICK = [
@@ -71,14 +72,6 @@ def told(summary: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def artifacts(folder: Path, run: Any) -> set[str]:
-    """The names of a run's files in the store."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder}/results/mlflow.db")
-    return {file.path for file in client.list_artifacts(run.info.run_id)}
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: Path) -> None:
@@ -101,7 +94,7 @@ def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: 
     parents = {run.info.run_id for run in every if "mlflow.parentRunId" not in run.data.tags}
     assert all(run.data.tags["mlflow.parentRunId"] in parents for run in every if run.info.run_id not in parents)
     assert {run.info.status for run in every} == {"FINISHED"}
-    assert "report.html" in artifacts(tmp_path, parent)
+    assert "report.html" in Book(tmp_path / "results").files(parent)
     mean = next(line for line in whole["table"] if line["name"] == "symmetric")["test_acc"]["mean"]
     assert parent.data.metrics["lenet/symmetric/test_acc"] == pytest.approx(mean)
 
@@ -132,5 +125,5 @@ def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: 
     parent, below, _ = children(tmp_path, "transfer-lenet-to-resnet20-digits")
     assert Counter(run.data.tags["bench.kind"] for run in below) == {"transfer": 6, "confirm": 4, "control": 8}
     assert parent.data.tags["bench.dataset"] == "digits"
-    assert "report.html" in artifacts(tmp_path, parent)
+    assert "report.html" in Book(tmp_path / "results").files(parent)
     assert parent.inputs.dataset_inputs

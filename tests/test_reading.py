@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -308,28 +306,3 @@ def test_reading_starts_no_machinery() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.reading; print('read')"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("read", "")
-
-
-# --- a real one ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_numbers_are_those_that_the_search_printed(tmp_path: Path) -> None:
-    quick = ["train_examples=64", "batch_size=32", "warmup_epochs=0"]
-    command = ["search", "--rule", "symmetric", "--arch", "lenet", "--trials", "2", "--epochs", "1", "--json"]
-    command += ["--confirm-seeds", "2", "--concurrent", "2", *(part for each in quick for part in ("--set", each))]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.cli", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
-    (found,) = pick(tmp_path / "results", ["symmetric-lenet-digits"])
-    again = search_summary(read_search(found))
-    assert again["confirmed"][0]["test_acc"]["n"] == 2
-    assert json.loads(json.dumps(again)) == {name: printed[name] for name in again}

@@ -409,9 +409,8 @@ def test_a_measurement_from_end_to_end(tmp_path: Path) -> None:
             points = book.points(parent, f"{site['site']}/{rule['rule']}/test_acc")
             wanted = [(0.0, rule["clean"]), *((at["level"], at["acc"]) for at in rule["curve"])]
             assert sorted(points) == [(round(level * 1e6), pytest.approx(acc["mean"])) for level, acc in wanted]
-    files = {file.path for file in book.client().list_artifacts(parent.info.run_id)}
     kept = {"robustness.yaml", "rows.jsonl", "summary.json", "report.html"}
-    assert files == {*kept, "update.svg", "input.svg", "fgsm.svg"}
+    assert book.files(parent) == {*kept, "update.svg", "input.svg", "fgsm.svg"}
     from_rows = json.loads(json.dumps(robustness_again(folder)))
     assert from_rows == {key: found[key] for key in from_rows}
 

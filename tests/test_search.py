@@ -17,6 +17,8 @@ import pytest
 from bench.campaign import confirm_seeds
 from bench.config import StudyConfig, study_name
 from bench.place import share_out
+from bench.reading import pick, read_search, search_summary
+from mlflow_book import Book
 
 QUICK = [
     *("--arch", "lenet", "--epochs", "2", "--confirm-seeds", "2", "--concurrent", "2", "--scheduler", "none"),
@@ -100,6 +102,11 @@ def test_search_from_end_to_end(tmp_path: Path) -> None:
     for row in rows(tmp_path, name):
         if row["kind"] == "search":
             assert by_uid[row["uid"]].data.metrics["val_acc"] == pytest.approx(row["metrics"]["val_acc"])
+
+    # from the rows alone: the numbers that were printed; and their page, which MLflow has too
+    from_rows = search_summary(read_search(*pick(tmp_path / "results", [name])))
+    assert json.loads(json.dumps(from_rows)) == {key: first[key] for key in from_rows}
+    assert "report.html" in Book(tmp_path / "results").files(parent)
 
     # the same command again runs nothing; more trials go on; a second study shares the controls
     again = search(tmp_path, "--rule", "symmetric", "--trials", "3")
