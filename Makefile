@@ -17,12 +17,13 @@ INSTALLED_DEV := $(VENV)/installed-dev
 INSTALLED_BROWSER := $(VENV)/installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser chromium check format clean
+.PHONY: help demo test test-browser chromium dashboards check format clean
 
 help:
 	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
 	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
+	@echo "make dashboards  the pages of results/published again"
 	@echo "make check   formatter, linter, type checker, import rules"
 	@echo "make format  reformat"
 	@echo "make clean   remove the virtual environment and the caches (never results)"
@@ -40,6 +41,11 @@ test-browser: $(INSTALLED_BROWSER) chromium
 chromium:
 	@command -v chromium >/dev/null || apt-get install -y chromium || \
 	{ apt-get update && apt-get install -y chromium; } || echo "no Chromium, and it could not be installed" >&2
+
+PUBLISHED := results/published
+dashboards: $(INSTALLED)
+	$(BIN)/bench report $(filter-out $(PUBLISHED)/controls.jsonl,$(wildcard $(PUBLISHED)/*.jsonl)) \
+	$(wildcard $(PUBLISHED)/*/robustness-*) $(wildcard $(PUBLISHED)/*/transfer-*) $(wildcard $(PUBLISHED)/*/matrix-*)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .

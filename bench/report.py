@@ -54,6 +54,7 @@ def report(
     found = pick(results, studies) if studies else find(results)
     if not studies and not found:
         raise UserError(f"nothing to report in {results}: run `bench search` first, or give its folder with --results.")
+    _refuse_twins(found)
     single = out.suffix == ".html"
     if single and (len(found) > 1 or not studies):
         raise UserError(f"--out {out} is one page: name one study, or give a folder.")
@@ -77,6 +78,17 @@ def report(
     return made
 
 
+def _refuse_twins(found: Sequence[Found]) -> None:
+    """UserError for two studies of one name: their pages would be one file."""
+    seen: dict[str, Path] = {}
+    for each in found:
+        if each.name in seen:
+            raise UserError(
+                f"{seen[each.name]} and {each.folder} are both {each.name}: report one at a time, with --out."
+            )
+        seen[each.name] = each.folder
+
+
 def _written(page: Page, path: Path, name: str, kind: str) -> Made:
     write(page, path)
     return Made(name=name, kind=kind, path=path, size=path.stat().st_size)
@@ -94,6 +106,8 @@ def _page(found: Found) -> tuple[Page, Entry]:
         "transfer": (replay.transfer_again, transfer_page),
         "matrix": (replay.matrix_again, matrix_page),
     }
+    if found.folder.is_file():
+        raise UserError(f"{found.folder}: rows of a {found.kind} alone make no page; give the folder with its book.")
     read, draw = kinds[found.kind]
     summary = read(found.folder)
     return draw(summary), _plan_entry(found, summary)
