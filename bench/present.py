@@ -10,8 +10,16 @@ from typing import Any
 from bench.learning.rules import ANY
 from bench.matrix_words import any_lines
 from bench.place import Options
-from bench.robustness import note, title, unit_of
-from bench.robustness_words import curve_columns, curve_rows, draws_line, table_columns, table_rows, verdict_lines
+from bench.robustness_words import (
+    curve_columns,
+    curve_rows,
+    draws_line,
+    note,
+    table_columns,
+    table_rows,
+    title,
+    verdict_lines,
+)
 from bench.summary import columns as search_columns
 from bench.summary import table_rows as search_rows
 from bench.terminal import Console, console, table
@@ -64,7 +72,7 @@ def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options)
     out.print(f"runs: {counts}", markup=False)
     for site in summary["sites"]:
         head = title(site["site"], summary)
-        unit = "; ".join(filter(None, (f"{site['symbol']}: {unit_of(site['site'])}", draws_line(site))))
+        unit = "; ".join(filter(None, (f"{site['symbol']}: {site['unit']}", draws_line(site))))
         out.print(table(head, curve_columns(site), curve_rows(site), texts=1, caption=unit))
         out.print(table("", table_columns(site), table_rows(site), caption=note(summary, site)))
     for line in verdict_lines(summary) if summary["complete"] else ():

@@ -11,18 +11,15 @@ from typing import Any
 
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
-from bench.evaluators.adversarial import ATTACKS
 from bench.figures import robustness_figure
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.journal import check_kind, claimed
-from bench.noise import SITES
 from bench.pages.render import PAGE, write
 from bench.pages.robustness import robustness_page
 from bench.place import Options, Place, survey
 from bench.robustness_plan import Network, Plan, RobustnessConfig
 from bench.robustness_points import summary_of
-from bench.robustness_summary import THROUGH_B
-from bench.robustness_words import CAPTION
+from bench.robustness_words import note, title
 from bench.rows import Row, RowFile
 from bench.runs import Outcome, Planned, Recorder, Running, Runs, carry_out
 from bench.tracking import Tracker
@@ -191,12 +188,6 @@ def _base(uid: str, known: Mapping[str, Any]) -> str:
     return uid if uid in known else uid.rpartition(".")[0]
 
 
-def unit_of(curve: str) -> str:
-    """What the levels of this curve are in."""
-    site = curve.removesuffix(THROUGH_B)
-    return SITES[site].unit if site in SITES else ATTACKS[site].unit
-
-
 def prepare_measurement(
     config: RobustnessConfig, options: Options, given: Sequence[tuple[TrialConfig, Path]] = ()
 ) -> Ready:
@@ -298,7 +289,7 @@ def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path, outcome:
             continue
         files.append(folder / f"{site['site'].replace(' ', '-')}.svg")
         heading, below = title(site["site"], summary), note(summary, site)
-        robustness_figure(site, title=heading, note=below, unit=unit_of(site["site"]), path=files[-1])
+        robustness_figure(site, title=heading, note=below, unit=site["unit"], path=files[-1])
     if summary["complete"]:  # the area under a part of a grid is another number
         tracker.headline(headline(summary))
     tracker.artifacts([file for file in files if file.exists()])
@@ -315,21 +306,3 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
                 if rule[name] is not None:
                     found[f"{site['site']}/{rule['rule']}/{name}"] = rule[name]["mean"]
     return found
-
-
-def title(curve: str, summary: Mapping[str, Any]) -> str:
-    """The heading of a table or a figure."""
-    return f"{curve}: {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
-
-
-def note(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
-    """What the numbers of this site are from."""
-    n, counts = len(summary["seeds"]), site["counts"]
-    over = f"mean over {n} seeds, {CAPTION}" if n > 1 else "one seed, and so without an interval"
-    attacked = " without the attack and at 0 under it" if site["floor"] < site["chance"] else ""
-    lost = f"{counts['diverged']} of {counts['runs']} runs diverged and count at chance{attacked}"
-    failed = f"; {counts['failed']} failed" if counts["failed"] else ""
-    return (
-        f"{over}; accuracy on {site['tested']} test examples; nothing was chosen by it; {lost}{failed}"
-        f"{'' if summary['complete'] else '; not all is measured yet'}"
-    )

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.evaluators.adversarial import ATTACKS
 from bench.learning.rules import parse_rule
+from bench.noise import SITES
 from bench.place import Place
 from bench.robustness_plan import REFERENCE, RobustnessConfig
 from bench.robustness_summary import THROUGH_B, Point, summarize
@@ -41,8 +42,14 @@ def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, c
         "runs": {name: status.count(name) for name in ("finished", "diverged", "failed")},
         "coefficients": {rule: values.get("coefficients", {}) for rule, values in config.rules.items()},
         **found,
-        "sites": found["sites"] + under["sites"],
+        "sites": [{**site, "unit": unit_of(site["site"])} for site in (*found["sites"], *under["sites"])],
     }
+
+
+def unit_of(curve: str) -> str:
+    """What the levels of this curve are in."""
+    site = curve.removesuffix(THROUGH_B)
+    return SITES[site].unit if site in SITES else ATTACKS[site].unit
 
 
 def points_of(config: RobustnessConfig, rows: Sequence[Row]) -> list[Point]:

@@ -17,6 +17,29 @@ SEVERAL = (
 )
 
 
+def title(curve: str, summary: Mapping[str, Any]) -> str:
+    """The heading of a table or a figure."""
+    return f"{curve}: {summary['arch']}, {summary['dataset']} ({summary['epochs']} epochs)"
+
+
+def note(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
+    """What the numbers of this site are from, and what their ± is."""
+    return f"{origin(summary, site)}; {CAPTION}" if len(summary["seeds"]) > 1 else origin(summary, site)
+
+
+def origin(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
+    """What the numbers of this site are from."""
+    n, counts = len(summary["seeds"]), site["counts"]
+    over = f"mean over {n} seeds" if n > 1 else "one seed, and so without an interval"
+    attacked = " without the attack and at 0 under it" if site["floor"] < site["chance"] else ""
+    lost = f"{counts['diverged']} of {counts['runs']} runs diverged and count at chance{attacked}"
+    failed = f"; {counts['failed']} failed, and have no accuracy" if counts["failed"] else ""
+    return (
+        f"{over}; accuracy on {site['tested']} test examples, read once per run; nothing was chosen by it; "
+        f"{lost}{failed}{'' if summary['complete'] else '; not all is measured yet'}"
+    )
+
+
 def table_columns(site: Mapping[str, Any]) -> tuple[str, ...]:
     """The headings of `table_rows`."""
     difference = f"relative area − {site['reference']} [95 %]"

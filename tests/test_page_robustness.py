@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from bench.evaluators.adversarial import ATTACKS
 from bench.noise import SITES
-from bench.pages.levels import PIXELS, axis, place, unit
+from bench.pages.levels import axis, place
 from bench.pages.parts import Absent, Figure, Page, Section, Table
 from bench.pages.render import render
 from bench.pages.robustness import robustness_page
+from bench.robustness_points import unit_of
 from bench.robustness_summary import Point, summarize
 from bench.robustness_words import SEVERAL, curve_rows, table_rows, verdict_lines
 
@@ -32,6 +32,7 @@ def network(rule: str, seed: int, *accuracies: float | None, site: str = "update
 
 def summary(points: Iterable[Point], *, complete: bool = True, floor: float = 0.1, **more: Any) -> dict[str, Any]:
     points = list(points)
+    found = summarize(points, chance=0.1, tested=1000, floor=floor, **more)
     return {
         "study": "noise",
         "arch": "lenet",
@@ -41,7 +42,8 @@ def summary(points: Iterable[Point], *, complete: bool = True, floor: float = 0.
         "complete": complete,
         "runs": {"finished": len(points), "diverged": 0, "failed": 0},
         "coefficients": {"backprop": {}, "mirror": {"amp": 0.25, "decay": 0.5}},
-        **summarize(points, chance=0.1, tested=1000, floor=floor, **more),
+        **found,
+        "sites": [{**site, "unit": unit_of(site["site"])} for site in found["sites"]],
     }
 
 
@@ -232,14 +234,13 @@ def test_one_level_can_be_drawn_and_has_no_area() -> None:
     assert "two levels" in front.reason
 
 
-def test_units_are_those_of_the_sites_and_attacks() -> None:
-    """The page cannot import them, for torch; so they are written twice, and must not differ."""
-    assert {name: unit({"site": name}) for name in SITES} == {name: site.unit for name, site in SITES.items()}
-    assert {attack.unit for attack in ATTACKS.values()} == {PIXELS}
-
-
 def test_the_axis_of_levels_labels_what_it_has_room_for() -> None:
-    site = {"site": "weight", "symbol": "σ", "levels": [0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]}
+    site = {
+        "site": "weight",
+        "symbol": "σ",
+        "unit": SITES["weight"].unit,
+        "levels": [0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0],
+    }
     made = axis(site)
     places, texts = made["tickvals"], made["ticktext"]
     assert len(texts) == len(places) == 9

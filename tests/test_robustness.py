@@ -199,7 +199,8 @@ def test_what_is_printed_claims_no_more_than_what_was_measured(
     whole = printed()
     assert "runs: 16 finished, 0 diverged, 0 failed" in whole
     assert "fgsm: feedback is not distinguishable from backprop at this n" in whole
-    assert "mean over 2 seeds, ±" in whole
+    assert "mean over 2 seeds" in whole
+    assert "± is the half-width" in whole
     assert "accuracy on 50 test examples; nothing was chosen by it; 0 of 12 runs diverged" in whole
     assert "is finished; this is its result" in printed()
 

@@ -9,20 +9,8 @@ from typing import Any
 
 from bench.looks import GREY
 
-#: What the levels of a site are in; those of input and of the attacks are in ``PIXELS``.
-UNITS = {
-    "update": "each step adds η·N(0, σ²)",
-    "weight": "the root mean square of each weight tensor",
-    "activation": "the standard deviation of each layer's z, its output without the bias",
-}
-PIXELS = "pixel values in [0, 1]"
 #: Characters of an axis title in one line, and labelled levels on an axis, at most: what a phone has room for.
 TITLE_WIDTH, LABELS = 42, 9
-
-
-def unit(site: Mapping[str, Any]) -> str:
-    """What the levels of the site are in."""
-    return UNITS.get(site["site"], PIXELS)
 
 
 def place(level: float, levels: Sequence[float]) -> float:
@@ -37,7 +25,7 @@ def axis(site: Mapping[str, Any], *, beside: float = 0.0) -> dict[str, Any]:
 
     ``beside``: how far marks stand beside their level.
     """
-    levels, title = site["levels"], f"{site['symbol']} ({unit(site)}), log scale"
+    levels, title = site["levels"], f"{site['symbol']} ({site['unit']}), log scale"
     places = [place(level, levels) for level in (0.0, *levels)]
     room = (places[-1] - places[0]) / LABELS
     margin = beside + 0.5 * room

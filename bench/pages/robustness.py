@@ -9,7 +9,7 @@ from typing import Any
 from bench.cells import NOTHING, interval
 from bench.front import pareto_front
 from bench.looks import BLACK, GREY
-from bench.pages.levels import axis, middle, place, strokes, unit
+from bench.pages.levels import axis, middle, place, strokes
 from bench.pages.parts import Absent, Figure, Page, Part, Section, Table, band, plot, rule_style, whiskers
 from bench.robustness_words import (
     CAPTION,
@@ -18,6 +18,7 @@ from bench.robustness_words import (
     curve_columns,
     curve_rows,
     draws_line,
+    origin,
     table_columns,
     table_rows,
     verdict_lines,
@@ -93,7 +94,7 @@ def _site_section(site: Mapping[str, Any], summary: Mapping[str, Any]) -> Sectio
     name = site["site"]
     if not site["levels"]:
         return Section(title=name, parts=[Absent(title="Accuracy", reason=f"{name} was measured at no level yet.")])
-    symbol = f"{site['symbol']}: {unit(site)}"
+    symbol = f"{site['symbol']}: {site['unit']}"
     curves = Table(
         title=f"{name}: accuracy, %",
         columns=curve_columns(site),
@@ -114,17 +115,8 @@ def _site_section(site: Mapping[str, Any], summary: Mapping[str, Any]) -> Sectio
 
 
 def _note(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
-    """What the numbers of this site are from."""
-    n, counts = len(summary["seeds"]), site["counts"]
-    over = f"mean over {n} seeds" if n > 1 else "one seed, and so without an interval"
-    attacked = " without the attack and at 0 under it" if site["floor"] < site["chance"] else ""
-    lost = f"{counts['diverged']} of {counts['runs']} runs diverged and count at chance{attacked}"
-    failed = f"; {counts['failed']} failed, and have no accuracy" if counts["failed"] else ""
-    whole = "" if summary["complete"] else "; not all is measured yet"
-    return (
-        f"{summary['arch']}, {summary['dataset']}, {summary['epochs']} epochs; {over}; accuracy on {site['tested']} "
-        f"test examples; test was read once per run; nothing was chosen by it; {lost}{failed}{whole}."
-    )
+    """What a figure of this site is of."""
+    return f"{summary['arch']}, {summary['dataset']}, {summary['epochs']} epochs; {origin(summary, site)}."
 
 
 def _spread(summary: Mapping[str, Any]) -> str:
