@@ -35,7 +35,7 @@ def origin(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
     lost = f"{counts['diverged']} of {counts['runs']} runs diverged and count at chance{attacked}"
     failed = f"; {counts['failed']} failed, and have no accuracy" if counts["failed"] else ""
     return (
-        f"{over}; accuracy on {site['tested']} test examples, read once per run; nothing was chosen by it; "
+        f"{over}; accuracy on {site['tested']} test examples; nothing was chosen by it; "
         f"{lost}{failed}{'' if summary['complete'] else '; not all is measured yet'}"
     )
 
