@@ -12,6 +12,8 @@ import time
 import urllib.parse
 import urllib.request
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -207,10 +209,21 @@ ui.ui_command = lambda results, port, **_: ([sys.executable, "-c", fake, str(por
 """
 
 
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """The process; if the test fails in between, it is interrupted, and not waited for in vain."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_ends_cleanly(store: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", FAKED + SERVE, str(store), "0", FAKE]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with started(command) as process:
         assert process.stdout is not None
         said = read_until_ready(process)
         process.send_signal(number)
@@ -239,11 +252,11 @@ def test_the_real_server_answers_and_ends_with_ctrl_c(tmp_path: Path) -> None:
         assert tracker.flush(60)
     port = ui._free_port("127.0.0.1", 0, print)
     command = [sys.executable, "-c", SERVE, str(tmp_path), str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with started(command) as process:
         assert process.stdout is not None
         said = read_until_ready(process)
         assert f"http://127.0.0.1:{port}/#/experiments/" in said[-2]
-        assert said[1].startswith("seen: http://127.0.0.1:")
+        assert said[2].startswith("seen: http://127.0.0.1:")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
             assert b"MLflow" in page.read()
         process.send_signal(signal.SIGINT)
