@@ -11,6 +11,7 @@ import pytest
 
 from bench import engine
 from bench.config import TrialConfig, TrialResult
+from bench.pages.parts import Page
 
 #: A trial: its validation accuracy; None is a divergence.
 Formula = Callable[[TrialConfig], float | None]
@@ -92,6 +93,10 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Formula], Stage
         monkeypatch.setattr("bench.engine.run", made.play)
         for module in ("search", "programme"):
             monkeypatch.setattr(f"bench.{module}.Tracker.open", made.tracker)
+        # a tenth of a second for each of hundreds of searches; what is on a page is tested with the pages
+        monkeypatch.setattr(
+            "bench.search.search_page", lambda *_: Page(title="a search", kind="", facts={}, sections=())
+        )
         return made
 
     return set_up
