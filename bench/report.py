@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from bench import replay
 from bench.cells import difference, spread_of
 from bench.config import UserError
 from bench.pages.index import Entry, index_page
@@ -101,6 +100,8 @@ def _page(found: Found) -> tuple[Page, Entry]:
         summary = search_summary(rows)
         page = search_page(summary, rows.searched, rows.confirmed, rows.controls)
         return page, _search_entry(found, summary)
+    from bench import replay  # it needs torch, which takes seconds to import; a search needs none
+
     kinds: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any]], Page]]] = {
         "robustness": (replay.robustness_again, robustness_page),
         "transfer": (replay.transfer_again, transfer_page),

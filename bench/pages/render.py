@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: The page of a study, in its own folder: its command writes it when it ends.
 PAGE = "report.html"
 
+#: Of gzip: the best makes a page of 10,000 trials 2 % smaller, in three times the time.
+_LEVEL = 6
+
 
 def write(page: Page, path: Path) -> None:
     """Write the page; UserError where that cannot be."""
@@ -107,4 +110,4 @@ def _file(name: str) -> str:
 
 def _packed(data: bytes) -> str:
     """Gzipped, in base64; the same data give the same text."""
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(data, _LEVEL, mtime=0)).decode()
