@@ -44,7 +44,7 @@ chromium:
 
 PUBLISHED := results/published
 dashboards: $(INSTALLED)
-	$(BIN)/bench report $(filter-out $(PUBLISHED)/controls.jsonl,$(wildcard $(PUBLISHED)/*.jsonl)) \
+	$(BIN)/bench report --out dashboards/published $(filter-out $(PUBLISHED)/controls.jsonl,$(wildcard $(PUBLISHED)/*.jsonl)) \
 	$(wildcard $(PUBLISHED)/*/robustness-*) $(wildcard $(PUBLISHED)/*/transfer-*) $(wildcard $(PUBLISHED)/*/matrix-*)
 
 check: $(INSTALLED_DEV)

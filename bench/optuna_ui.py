@@ -20,7 +20,11 @@ def gathered(results: Path) -> InMemoryStorage:
     for journal in sorted(results.glob("*/journal.log")):
         storage = JournalStorage(JournalFileBackend(str(journal)))
         for study in storage.get_all_studies():
-            optuna.copy_study(from_study_name=study.study_name, from_storage=storage, to_storage=found)
+            taken = {known.study_name for known in found.get_all_studies()}
+            name = study.study_name if study.study_name not in taken else f"{study.study_name} ({journal.parent.name})"
+            optuna.copy_study(
+                from_study_name=study.study_name, from_storage=storage, to_storage=found, to_study_name=name
+            )
     return found
 
 

@@ -106,10 +106,13 @@ def _at(name: str, results: Path, known: Mapping[str, Found]) -> list[Found]:
 
 def _of_folder(folder: Path) -> Found | None:
     """The study in this folder, whose name is the folder's."""
-    for book, kind in KINDS.items():
-        if (folder / book).is_file():
-            return Found(name=folder.resolve().name, folder=folder, kind=kind)
-    return None
+    try:
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; permit it, or move it elsewhere.") from error
+    return next(
+        (Found(name=folder.resolve().name, folder=folder, kind=kind) for b, kind in KINDS.items() if b in held), None
+    )
 
 
 def _of_file(path: Path) -> list[Found]:

@@ -57,7 +57,8 @@ def transfer_again(folder: Path) -> dict[str, Any]:
         if searched.complete:
             found.learned(searched)
         over = over and searched.complete
-    return found.summary(over=over)
+    missing = sorted({w.name for w in transfer.searches_of(routes)} - {w.name for w in searches})
+    return {**found.summary(over=over), **({"missing": missing} if missing else {})}
 
 
 def matrix_again(folder: Path) -> dict[str, Any]:

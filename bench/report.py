@@ -19,7 +19,7 @@ from bench.pages.robustness import robustness_page
 from bench.pages.search import search_page
 from bench.pages.transfer import transfer_page
 from bench.reading import Found, find, pick, read_search, search_summary
-from bench.summary import REFERENCE
+from bench.summary import REFERENCE, budget_words
 
 INDEX = "index.html"
 
@@ -67,7 +67,8 @@ def report(
         except UserError as error:
             if studies:
                 raise
-            say(f"left out: {error}")
+            say(f"left out: {each.name}: {error}")
+            entries.append(_unreadable(each, str(error)))
             continue
         path = out if single else out / f"{each.name}.html"
         made.append(_written(page, path, each.name, each.kind))
@@ -78,8 +79,8 @@ def report(
 
 
 def _refuse_twins(found: Sequence[Found]) -> None:
-    """UserError for two studies of one name: their pages would be one file."""
-    seen: dict[str, Path] = {}
+    """UserError for two studies of one name, and one of the index's: their pages would be one file."""
+    seen: dict[str, Path] = {Path(INDEX).stem: Path(INDEX)}
     for each in found:
         if each.name in seen:
             raise UserError(
@@ -114,20 +115,38 @@ def _page(found: Found) -> tuple[Page, Entry]:
     return draw(summary), _plan_entry(found, summary)
 
 
+def _unreadable(found: Found, reason: str) -> Entry:
+    """The line of a study that has no page."""
+    return Entry(
+        name=found.name,
+        kind=found.kind,
+        href=None,
+        what=f"no page: {reason}",
+        budget="",
+        runs="",
+        headline="",
+        when=_when(found),
+        complete=False,
+    )
+
+
 def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
     best = summary["confirmed"][0] if summary["confirmed"] else None
+    variant = best["config"] if best else {}
+    scaling = "" if variant.get("scaling", "reference") == "reference" else variant["scaling"]
+    scaling += "-centered" if variant.get("centered") else ""
     versus = best and best[f"test_acc_versus_{REFERENCE}"]
     against = f"; − {REFERENCE}: {difference(versus)}" if versus and summary["rule"] != REFERENCE else ""
     return Entry(
         name=found.name,
         kind="search",
         href=_href(found),
-        what=f"{summary['rule']} on {summary['arch']}, {summary['dataset']}",
-        budget=f"{sum(summary['trials'].values())} trials × {summary['epochs']} epochs",
+        what=f"{summary['rule']} on {summary['arch']}, {summary['dataset']}{scaling and f', {scaling}'}",
+        budget=budget_words(summary),
         runs=_counts(summary["trials"]),
         headline=f"test {spread_of(best['test_acc'])} %{against}" if best else "nothing is confirmed",
         when=_when(found),
-        complete=best is not None,
+        complete=summary["complete"],
         rule=summary["rule"],
         arch=summary["arch"],
         dataset=summary["dataset"],

@@ -20,7 +20,8 @@ ENDS = ("diverged", "failed")
 def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, complete: bool) -> dict[str, Any]:
     """The curves and verdicts of `bench.robustness_summary`, and what they are of.
 
-    ``rows``: one for each run, of several attempts the last.
+    ``rows``: one for each run, of several attempts the last. ``other_levels``: how many of them are at levels that the
+    last command did not ask for, and so in no number here.
     """
     first, seeds = rows[0]["config"] if rows else next(iter(config.rules.values())), _seeds(rows)
     points = points_of(config, rows)
@@ -31,7 +32,8 @@ def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, c
     found = summarize(noise, chance=place.chance, tested=tested, reference=REFERENCE, unaffected=still)
     attacked = min(config.attacked, tested)
     under = summarize(hits, chance=place.chance, tested=attacked, floor=0.0, reference=REFERENCE, symbols=symbols)
-    status = [row["status"] for row in rows]
+    here = [row for row in rows if _asked_for(config, row)]
+    status = [row["status"] for row in here]
     return {
         "study": config.name,
         "arch": first["arch"],
@@ -40,6 +42,7 @@ def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, c
         "seeds": seeds,
         "complete": complete,
         "runs": {name: status.count(name) for name in ("finished", "diverged", "failed")},
+        "other_levels": len(rows) - len(here),
         "coefficients": {rule: values.get("coefficients", {}) for rule, values in config.rules.items()},
         **found,
         "sites": [{**site, "unit": unit_of(site["site"])} for site in (*found["sites"], *under["sites"])],

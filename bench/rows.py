@@ -89,7 +89,12 @@ class RowFile:
         """All rows. A torn last line is left out and said; a corrupt one before it is a UserError."""
         if not self.path.exists():
             return []
-        whole, torn = _split(self.path.read_bytes())
+        try:
+            whole, torn = _split(self.path.read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.path}: {error.strerror}; permit it, or remove what is there."
+            ) from error
         if torn:
             self._say(f"{self.path}: the last line is torn ({len(torn)} bytes: a writer was killed there); left out.")
         return _parse(self.path, whole, set(), 1)

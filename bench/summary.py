@@ -79,7 +79,7 @@ def summarize(
     """What `bench search` prints and records. The best confirmed configuration, by validation mean, is the first.
 
     With two objectives ``front`` says of each whether it is on the Pareto front of the confirmed means (validation);
-    the order is by accuracy.
+    the order is by accuracy. ``budget``: trials, those to come too. ``complete``: all of them, and the best confirmed.
     """
     reference = [row for row in (*controls, *confirmed) if row["config"]["rule"] == REFERENCE]
     entries = [entry(rows, reference) for rows in by_configuration(confirmed)]
@@ -88,12 +88,15 @@ def summarize(
     if len(objectives) > 1:
         _mark_front(entries, objectives)
     status = [row["status"] for row in searched]
+    budget = max(config.trials if config.space else 1, len(searched))
     return {
         "study": config.name,
         "rule": config.rule,
         "arch": config.arch,
         "dataset": config.dataset,
         "trials": {name: status.count(name) for name in ("finished", "stopped", "diverged", "failed")},
+        "budget": budget,
+        "complete": len(searched) >= budget and _is_confirmed(config, searched, confirmed),
         "epochs": config.epochs,
         "objective": config.objective,
         "noise": {name: config.recipe[name] for name in NOISE if name in config.recipe},
@@ -101,6 +104,20 @@ def summarize(
         "confirmed": entries,
         "controls": [entry(rows, reference) for rows in by_configuration(controls)],
     }
+
+
+def _is_confirmed(config: StudyConfig, searched: Sequence[Row], confirmed: Sequence[Row]) -> bool:
+    """Whether the best trial, if any finished, has all of its fresh seeds."""
+    best = best_trial(searched)
+    ended = [row for row in confirmed if row["status"] != "failed" and best is not None and same_setting(row, best)]
+    return best is None or len({row["config"]["seed"] for row in ended}) >= config.confirm_seeds
+
+
+def budget_words(summary: Mapping[str, Any]) -> str:
+    """Trials × epochs; of a search under way also how many trials it has by now."""
+    ran = sum(summary["trials"].values())
+    so_far = "" if ran >= summary["budget"] else f"{ran} of "
+    return f"{so_far}{summary['budget']} trials × {summary['epochs']} epochs"
 
 
 def _best(searched: Iterable[Row], name: str) -> float | None:

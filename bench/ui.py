@@ -129,10 +129,12 @@ def _say_pages(results: Path, pages: Path, say: Callable[[str], None]) -> None:
     index = pages / "index.html"
     beside = sorted(results.glob("*/report.html"))
     if index.exists():
-        say(f"Pages: {index.absolute().as_uri()}")
-    elif beside:
-        say(f"Pages (bench report makes an index of them): {', '.join(page.absolute().as_uri() for page in beside)}")
-    else:
+        say(f"Pages, of the results that bench report was last given: {index.absolute().as_uri()}")
+    if beside:
+        few = ", ".join(page.absolute().as_uri() for page in beside[:_LINKS])
+        more = f" and {len(beside) - _LINKS} more" if len(beside) > _LINKS else ""
+        say(f"Pages beside their rows (bench report makes an index): {few}{more}")
+    if not (beside or index.exists()):
         say("Pages: none yet; bench report makes them.")
 
 

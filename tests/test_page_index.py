@@ -77,10 +77,10 @@ def test_each_kind_has_a_table_newest_first_and_links_to_pages() -> None:
         Link(text=old.name, href="mirror-resnet18.html"),
     ]
     assert [row[COLUMNS.index("complete")] for row in rows] == ["no", "yes", "yes"]
-    assert [row[COLUMNS.index("last row")] for row in rows] == ["2025-11-21", "2025-11-10", "2025-11-01"]
+    assert [row[COLUMNS.index("file changed")] for row in rows] == ["2025-11-21", "2025-11-10", "2025-11-01"]
     assert page.facts["studies"] == "4"
     assert (page.facts["searches"], page.facts["matrices"], page.facts["not complete"]) == ("3", "1", "2")
-    assert page.facts["last row"] == "2025-11-21"
+    assert page.facts["file changed"] == "2025-11-21"
     assert 'href="matrix-x.html"' in render(page)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.config import UserError
+from bench.pages.transfer import transfer_page
 from bench.replay import matrix_again, robustness_again, transfer_again
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -50,6 +51,8 @@ def test_a_measurement_again_has_the_grid_of_its_last_command() -> None:
     found = robustness_again(ROBUSTNESS)
     (site,) = found["sites"]
     assert (found["complete"], site["levels"]) == (True, [1, 2, 4, 8, 16])
+    assert (sum(found["runs"].values()), found["other_levels"]) == (120, 24)
+    assert found["runs"]["diverged"] == site["counts"]["diverged"] == 38
     rules = {rule["rule"]: rule for rule in site["rules"]}
     assert all(rule["incomplete"] == 0 for rule in rules.values())
     assert rules["backprop"]["clean"]["mean"] == pytest.approx(0.98, abs=0.02)
@@ -61,6 +64,16 @@ def test_a_matrix_whose_searches_are_not_all_there_is_not_complete(tmp_path: Pat
     found = matrix_again(copy / MATRIX.name)
     assert not found["complete"]
     assert found["archs"]["resnet18"]["subsets"]["measured"] == 30
+
+
+def test_a_transfer_names_the_searches_that_are_not_there(tmp_path: Path) -> None:
+    copy = shutil.copytree(TRANSFER.parent, tmp_path / "results")
+    shutil.rmtree(copy / "mirror-resnet50-digits")
+    found = transfer_again(copy / TRANSFER.name)
+    assert (found["complete"], found["missing"]) == (False, ["mirror-resnet50-digits"])
+    assert {(p["rule"], p["scaling"]) for p in found["pairs"]}.isdisjoint({("mirror", "reference")})
+    page = transfer_page(found)
+    assert page.facts["Searches that are not there"] == "mirror-resnet50-digits"
 
 
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:

@@ -53,7 +53,10 @@ def test_a_study_with_nothing_to_show_is_left_out_and_said(tmp_path: Path) -> No
     made = report(results, [], tmp_path / "pages", say=said.append)
     assert [page.name for page in made] == ["symmetric-resnet18-digits", "index"]
     assert len(said) == 1
-    assert said[0].startswith("left out: ")
+    assert said[0].startswith("left out: lonely: ")
+    index = (tmp_path / "pages" / "index.html").read_text()
+    assert "transfer.yaml is damaged" in index
+    assert 'href="lonely.html"' not in index
     with pytest.raises(UserError, match="is damaged"):  # of what was asked for, it is an error
         report(results, ["lonely"], tmp_path / "pages", say=print)
 
@@ -84,6 +87,35 @@ def test_what_cannot_be_reported_is_one_line(
     assert captured.err.count("\n") == 1
     assert said in captured.err
     assert not (tmp_path / out).exists()
+
+
+def test_a_study_with_the_name_of_the_index_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TRANSFER / "symmetric-resnet18-digits", tmp_path / "results" / "index")
+    with pytest.raises(UserError, match="are both index"):
+        report(tmp_path / "results", [], tmp_path / "pages", say=print)
+
+
+def test_a_search_under_way_says_how_far_it_is(tmp_path: Path) -> None:
+    results, name = tmp_path / "results", "symmetric-resnet18-digits"
+    shutil.copytree(TRANSFER / name, results / name)
+    rows = (results / name / "rows.jsonl").read_text().splitlines(keepends=True)
+    trials = [line for line in rows if '"kind": "search"' in line]
+    (results / name / "rows.jsonl").write_text("".join(trials[:2]))
+    report(results, [], tmp_path / "pages", say=print)
+    page = (tmp_path / "pages" / f"{name}.html").read_text()
+    assert "<dd>2 of 5 trials × 3 epochs</dd>" in page
+    assert "<dd>no: the same command goes on</dd>" in page
+    index = (tmp_path / "pages" / "index.html").read_text()
+    assert "<dt>not complete</dt><dd>1</dd>" in index
+
+
+def test_a_file_of_rows_that_is_none_is_one_line(tmp_path: Path) -> None:
+    name = "symmetric-resnet18-digits"
+    shutil.copytree(TRANSFER / name, tmp_path / name)
+    (tmp_path / name / "rows.jsonl").unlink()
+    (tmp_path / name / "rows.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot read"):
+        report(tmp_path, [name], tmp_path / "pages", say=print)
 
 
 def test_rows_of_a_plan_without_its_book_are_refused(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _contour(search: Search, metric: str, x: str, y: str) -> Part:
             showlegend=True,
         ),
         columns=("uid", "status", x, y, f"{METRICS[metric]}, %"),
-        rows=[(t.row["uid"], t.status, t.params[x], t.params[y], t.value(metric)) for t in drawn],
+        rows=[(t.row["uid"], t.status, t.params[x], t.params[y], t.value(metric)) for t in both],
         height=500,
     )
 

@@ -15,7 +15,7 @@ from bench.pages.parts import Absent, Cell, Figure, Link, Page, Part, Section, T
 KINDS = ("search", "robustness", "transfer", "matrix")
 PLURALS = {"search": "Searches", "robustness": "Robustness", "transfer": "Transfers", "matrix": "Matrices"}
 
-COLUMNS = ("study", "what", "result", "complete", "budget", "runs", "last row")
+COLUMNS = ("study", "what", "result", "complete", "budget", "runs", "file changed")
 
 FIRST = "bench search --rule sparse --arch resnet50"
 
@@ -73,7 +73,7 @@ def index_page(entries: Sequence[Entry]) -> Page:
             "studies": str(len(entries)),
             **{PLURALS[kind].lower(): str(len(some)) for kind, some in by_kind.items() if some},
             "not complete": str(sum(not entry.complete for entry in entries)),
-            "last row": max(entry.when for entry in entries),
+            "file changed": max(entry.when for entry in entries),
         },
         sections=sections,
     )

@@ -45,7 +45,8 @@
     const layout = recoloured(figure.plot.layout);
     layout.template = template(FRAMES[mode()]);
     layout.height = figure.height;
-    layout.autosize = true;
+    layout.autosize = !printing;
+    if (printing) layout.width = 680; // an A4 page between its margins
     if (narrow.matches && layout.showlegend !== false) {
       layout.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.25, yanchor: "top" };
     }
@@ -108,7 +109,7 @@
     const column = [...header.parentNode.children].indexOf(header);
     const down = header.getAttribute("aria-sort") !== "descending" && header.getAttribute("aria-sort") === "ascending";
     const rows = [...table.tBodies[0].rows];
-    const numeric = header.classList.contains("number");
+    const numeric = header.classList.contains("number") && rows.some((row) => number(row.cells[column].textContent) !== null);
     const key = (row) => (numeric ? number(row.cells[column].textContent) : row.cells[column].textContent.trim());
     rows.sort((a, b) => {
       const [x, y] = [key(a), key(b)];

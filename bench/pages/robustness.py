@@ -63,6 +63,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "Seeds": f"{len(summary['seeds'])} ({', '.join(map(str, summary['seeds']))})",
         "Test examples": ", ".join(tested) or NOTHING,
         "Runs": ", ".join(f"{n} {status}" for status, n in summary["runs"].items()),
+        **({"Not shown": f"{other} runs at levels of another grid"} if (other := summary.get("other_levels")) else {}),
     }
 
 

@@ -13,16 +13,14 @@ from bench.pages.confirmed import Configuration, alignment_parts, configurations
 from bench.pages.parts import Page, Section
 from bench.pages.trials import Search, learning_curves, optimisation_history, trials_of
 from bench.rows import Row
-from bench.summary import REFERENCE, table_rows
+from bench.summary import REFERENCE, budget_words, table_rows
 
 
 def search_page(
     summary: Mapping[str, Any], searched: Sequence[Row], confirmed: Sequence[Row], controls: Sequence[Row]
 ) -> Page:
     """The page of one search, from `bench.summary.summarize` and the rows that it was made of."""
-    search = Search(
-        rule=summary["rule"], trials=trials_of(searched), epochs=summary["epochs"], about=_about(summary, searched)
-    )
+    search = Search(rule=summary["rule"], trials=trials_of(searched), epochs=summary["epochs"], about=_about(summary))
     metrics = OBJECTIVES[summary["objective"]].metrics
     known = configurations(summary, confirmed, controls)
     test = test_words([*confirmed, *controls])
@@ -45,8 +43,8 @@ def search_page(
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
-def _about(summary: Mapping[str, Any], searched: Sequence[Row]) -> str:
-    return f"{summary['dataset']}, {summary['arch']}, {len(searched)} trials × {summary['epochs']} epochs"
+def _about(summary: Mapping[str, Any]) -> str:
+    return f"{summary['dataset']}, {summary['arch']}, {budget_words(summary)}"
 
 
 def test_words(rows: Sequence[Row]) -> str:
@@ -63,7 +61,8 @@ def _lines(summary: Mapping[str, Any], known: Sequence[Configuration]) -> list[s
     """What it comes to."""
     if not summary["confirmed"]:
         finished = summary["trials"]["finished"]
-        why = "no trial finished" if not finished else "no configuration was trained with fresh seeds"
+        yet = "" if summary["complete"] else " yet"
+        why = f"no trial finished{yet}" if not finished else f"no configuration was trained with fresh seeds{yet}"
         return [f"Nothing is confirmed: {why}.", *any_lines(summary.get("matrix"))]
     best, cells = known[0], table_rows(summary)[0]
     chosen = (
@@ -90,7 +89,6 @@ def _lines(summary: Mapping[str, Any], known: Sequence[Configuration]) -> list[s
 
 def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[str, str]:
     """What stands at the top; of provenance whatever differs between runs stands side by side."""
-    budget = f"{sum(summary['trials'].values())} trials × {summary['epochs']} epochs"
     seeds = sorted({len(found["seeds"]) for found in summary["confirmed"]})
     many = len(summary["confirmed"])
     configured = f"{many} configuration{'s' if many > 1 else ''}"
@@ -107,7 +105,9 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[s
             if noise
             else {}
         ),
-        "budget": budget,
+        **({"scaling": scaling} if (scaling := _scaling(rows)) else {}),
+        "budget": budget_words(summary),
+        "complete": "yes" if summary["complete"] else "no: the same command goes on",
         "trials": ", ".join(f"{n} {status}" for status, n in summary["trials"].items()),
         "confirmed": confirmed,
         "test set": test,
@@ -115,6 +115,15 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[s
         "versions": _distinct(rows, _versions),
         "git revision": _distinct(rows, lambda found: str(found.get("git_revision") or "")[:10]),
     }
+
+
+def _scaling(rows: Iterable[Row]) -> str:
+    """How amp, sparse and null saw the activity, where it was not the authors' way."""
+    named = {
+        row["config"].get("scaling", "reference") + ("-centered" if row["config"].get("centered") else "")
+        for row in rows
+    }
+    return ", ".join(sorted(named - {"reference"}))
 
 
 def _distinct(rows: Iterable[Row], words: Callable[[Mapping[str, Any]], str]) -> str:

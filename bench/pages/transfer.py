@@ -45,6 +45,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "Scalings": ", ".join(dict.fromkeys(scaling for _, scaling in matrices(summary))) or NOTHING,
         "Budget of a search": f"{summary['trials']} trials × {summary['epochs']} epochs",
         "Carried over": f"the best and {summary['configs']} more configurations",
+        **({"Searches that are not there": ", ".join(summary["missing"])} if summary.get("missing") else {}),
         "Runs beside the searches": ", ".join(f"{n} {status}" for status, n in summary["runs"].items()),
     }
 

@@ -70,10 +70,11 @@ class Search:
 
     @cached_property
     def params(self) -> tuple[str, ...]:
-        """The parameters that were searched: those with more than one value."""
+        """The parameters that were searched: those with more than one value, or that only some trials have."""
         names = dict.fromkeys(name for trial in self.trials for name in trial.params)
         order = [name for name in (*PRIMITIVE_NAMES, *UPDATES) if name in names]
-        return tuple(name for name in order if len(set(self.values_of(name))) > 1)
+        whole = len(self.trials)
+        return tuple(name for name in order if len(set(known := self.values_of(name))) > 1 or len(known) < whole)
 
     def values_of(self, name: str) -> list[float]:
         """The values of one parameter, of the trials that have it."""
