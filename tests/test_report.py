@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +13,8 @@ import pytest
 
 from bench.cli import main
 from bench.config import UserError
+from bench.pages.parts import SHARES, Figure, Page, Section, plot
+from bench.pages.render import render
 from bench.report import report
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -116,6 +121,15 @@ def test_a_file_of_rows_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / name / "rows.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot read"):
         report(tmp_path, [name], tmp_path / "pages", say=print)
+
+
+def test_the_csv_says_its_unit_where_the_axes_have_another() -> None:
+    figure = Figure(title="t", note="n", plot=plot([]), columns=("rule", "mean"), rows=[("amp", 0.5)], unit=SHARES)
+    html = render(Page(title="p", kind="k", facts={}, sections=[Section(title="s", parts=[figure])]))
+    packed = re.search(r'id="figures">([^<]*)<', html)
+    assert packed is not None
+    (data,) = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    assert (data["columns"], data["rows"]) == (["rule", "mean", "unit"], [["amp", 0.5, "share of 1"]])
 
 
 def test_rows_of_a_plan_without_its_book_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.looks import BLACK, GREY, look
-from bench.pages.parts import Figure, plot, whiskers
+from bench.pages.parts import SHARES, Figure, plot, whiskers
 
 #: Rows of a figure, in CSS pixels, and the characters of a label that stands in one line.
 ROW, LABEL = 34, 22
@@ -63,6 +63,7 @@ def bars(
             showlegend=False,
             bargap=0.35,
         ),
+        unit=SHARES,
         columns=columns,
         rows=rows,
         height=90 + ROW * len(labels),

@@ -8,7 +8,7 @@ from typing import Any
 from bench.cells import difference, interval
 from bench.looks import look
 from bench.pages.matrix_points import ESTIMATE, NEUTRAL, Matrix, percent, seeds
-from bench.pages.parts import DIVERGING, Absent, Figure, Part, plot, whiskers
+from bench.pages.parts import DIVERGING, POINTS, Absent, Figure, Part, plot, whiskers
 
 # --- primitives -----------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ def effects(matrix: Matrix) -> list[Part]:
     rows = [[e["primitive"], e["kind"], *_numbers(e, e["test_acc"])] for e in effects]
     height = 120 + 52 * len(known)
     columns = ("primitive", "kind", *EFFECT_DATA)
-    return [Figure(title=title, note=note, plot=drawn, columns=columns, rows=rows, height=height)]
+    return [Figure(title=title, note=note, plot=drawn, columns=columns, rows=rows, unit=POINTS, height=height)]
 
 
 def _contexts(found: Mapping[str, Any]) -> str:
@@ -144,7 +144,11 @@ def _pairs(matrix: Matrix, name: str, title: str, meaning: str) -> list[Part]:
     primitives = matrix.found["primitives"]
     drawn = _heat_map(primitives, {pair: (found, found[name]["test_acc"]) for pair, found in known.items()})
     height = 150 + 66 * (len(primitives) - 1)
-    return [Figure(title=title, note=note, plot=drawn, columns=("pair", *EFFECT_DATA), rows=rows, height=height)]
+    return [
+        Figure(
+            title=title, note=note, plot=drawn, columns=("pair", *EFFECT_DATA), rows=rows, unit=POINTS, height=height
+        )
+    ]
 
 
 def _heat_map(primitives: Sequence[str], known: Mapping[tuple[Any, ...], tuple[Any, Any]]) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from bench.looks import look
 #: read by the colour-blind (Crameri et al. 2020, doi 10.1038/s41467-020-19160-7; Nunez et al. 2018).
 DIVERGING, SEQUENTIAL = "PuOr", "Cividis"
 
+#: Units of the numbers behind a figure, whatever its axes are in.
+SHARES, POINTS = "share of 1", "percentage points"
+
 #: Digits that a plotted number keeps: more cannot be seen, and makes the page larger. CSV has all of them.
 PLOTTED_DIGITS = 6
 
@@ -37,6 +40,7 @@ Cell: TypeAlias = str | Link
 class Figure:
     """``plot``: Plotly's JSON, ``data`` and ``layout``. ``rows``: what it shows, in full precision, for the CSV.
 
+    ``unit``: of the accuracies among them, where their columns do not say it; the CSV has it as a column.
     ``height``: in CSS pixels.
     """
 
@@ -45,6 +49,7 @@ class Figure:
     plot: Mapping[str, Any]
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    unit: str = ""
     height: int = 420
 
 

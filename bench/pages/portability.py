@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.cells import NOTHING
-from bench.pages.parts import DIVERGING, Figure, Part, Section, Table, plot
+from bench.pages.parts import DIVERGING, SHARES, Figure, Part, Section, Table, plot
 from bench.pages.transfer_notes import ENDS, TEST, ends, losses, note, pairs_of, said, seeds
 from bench.transfer_summary import portability
 from bench.transfer_words import MATRIX_CAPTION, matrices, matrix_columns, matrix_rows
@@ -53,6 +53,7 @@ def _heat_map(summary: Mapping[str, Any], rule: str, scaling: str, span: float) 
             xaxis=_archs_axis("used on", archs),
             yaxis=_archs_axis("found on", archs) | {"autorange": "reversed"},
         ),
+        unit=SHARES,
         columns=("from", "to", "what", *ENDS, "same"),
         rows=[_matrix_row(found, source, target) for source in archs for target in archs],
         height=180 + 75 * len(archs),

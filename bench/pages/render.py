@@ -78,8 +78,9 @@ def _numbered(sections: Any) -> list[dict[str, Any]]:
 
 def _data(figure: Figure) -> dict[str, Any]:
     """What the script needs of a figure."""
-    kept = {f.name: getattr(figure, f.name) for f in dataclasses.fields(figure) if f.name != "note"}
-    return {**kept, "rows": [list(row) for row in figure.rows], "columns": list(figure.columns)}
+    kept = {f.name: getattr(figure, f.name) for f in dataclasses.fields(figure) if f.name not in ("note", "unit")}
+    head, cell = (["unit"], [figure.unit]) if figure.unit else ([], [])
+    return {**kept, "rows": [[*row, *cell] for row in figure.rows], "columns": [*figure.columns, *head]}
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from bench.cells import NOTHING, interval
 from bench.front import pareto_front
 from bench.looks import BLACK, GREY
 from bench.pages.levels import axis, middle, place, strokes
-from bench.pages.parts import Absent, Figure, Page, Part, Section, Table, band, plot, rule_style, whiskers
+from bench.pages.parts import SHARES, Absent, Figure, Page, Part, Section, Table, band, plot, rule_style, whiskers
 from bench.robustness_words import (
     CAPTION,
     NO_NOISE,
@@ -121,7 +121,11 @@ def _note(summary: Mapping[str, Any], site: Mapping[str, Any]) -> str:
 
 
 def _spread(summary: Mapping[str, Any]) -> str:
-    return " Bands and whiskers: 95 % intervals, each by itself." if len(summary["seeds"]) > 1 else ""
+    return (
+        " Bands and whiskers: 95 % intervals, each by itself; bands between 0 and 100 %."
+        if len(summary["seeds"]) > 1
+        else ""
+    )
 
 
 def _level_line(y: float, color: str, dash: str) -> dict[str, Any]:
@@ -156,6 +160,7 @@ def _accuracies(site: Mapping[str, Any], summary: Mapping[str, Any]) -> Figure:
             shapes=[_level_line(chance, GREY, "dot"), *strokes(site["levels"])],
             annotations=[{**label, "showarrow": False, "font": {"color": GREY, "size": 11}}],
         ),
+        unit=SHARES,
         columns=("rule", "level", "n", *_ENDS, *_COUNTED),
         rows=[
             (found["rule"], at["level"], at["n"], *_ends(at["acc"]), *(at.get(name) for name in _COUNTED))
@@ -179,7 +184,7 @@ def _curve_traces(site: Mapping[str, Any], found: Mapping[str, Any], summary: Ma
     clean, *curve = _levels(found) if found["clean"] else [None, *found["curve"]]
     noisy = [at for at in curve if at["acc"]]
     if any(at["acc"]["low"] is not None for at in noisy):
-        low, high = ([100 * _end(at["acc"], end) for at in noisy] for end in ("low", "high"))
+        low, high = ([min(100, max(0, 100 * _end(at["acc"], end))) for at in noisy] for end in ("low", "high"))
         yield band([place(at["level"], site["levels"]) for at in noisy], low, high, found["rule"])
     marks = [clean, None, *(at if at["acc"] else None for at in curve)]
     style = rule_style(found["rule"])
@@ -260,6 +265,7 @@ def _differences(site: Mapping[str, Any], summary: Mapping[str, Any]) -> Part:
             yaxis={"title": {"text": f"rule − {site['reference']}, points"}, "zeroline": False},
             shapes=[_level_line(0, BLACK, "solid"), *strokes(levels)],
         ),
+        unit=SHARES,
         columns=("rule", "level", "n", *_ENDS, "verdict"),
         rows=[
             (found["rule"], level, v["n"], *_ends(v), v["verdict"])
@@ -335,6 +341,7 @@ def _front(site: Mapping[str, Any], summary: Mapping[str, Any]) -> Part:
             showlegend=True,
             yaxis={"title": {"text": f"accuracy {_condition(site)} (area), %"}, "zeroline": False},
         ),
+        unit=SHARES,
         columns=("rule", *(f"{name}_{end}" for name in ("clean", "area") for end in ("n", *_ENDS)), "on_front"),
         rows=[
             (e["rule"], *(x for name in ("clean", "area") for x in (e[name]["n"], *_ends(e[name]))), i in front)

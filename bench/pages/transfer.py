@@ -8,7 +8,7 @@ from typing import Any
 from bench.cells import NOTHING, interval
 from bench.looks import GREY
 from bench.pages.bars import Bar, bars
-from bench.pages.parts import Absent, Figure, Page, Part, Section, Table, plot, rule_style
+from bench.pages.parts import SHARES, Absent, Figure, Page, Part, Section, Table, plot, rule_style
 from bench.pages.portability import portability_section
 from bench.pages.transfer_notes import ENDS, TEST, VALIDATION, ends, key, losses, note, pairs_of, said, seeds
 from bench.robustness_words import SEVERAL
@@ -211,6 +211,7 @@ def _scatter(summary: Mapping[str, Any], scaling: str, source: str, target: str,
             yaxis=_accuracy_axis(target, span),
             showlegend=True,
         ),
+        unit=SHARES,
         columns=("rule", "scaling", "from", "to", "home_val_acc", "away_val_acc"),
         rows=[(*key(pair), home, away) for pair in drawn for home, away in pair["rank"]["points"]],
         height=420 + 20 * len(drawn),
