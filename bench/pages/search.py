@@ -74,10 +74,8 @@ def _lines(summary: Mapping[str, Any], known: Sequence[Configuration]) -> list[s
     versus = best.found[f"test_acc_versus_{REFERENCE}"]
     if versus is not None and best.rule != REFERENCE:
         n = versus["n"]
-        said.append(
-            f"{best.rule} − {REFERENCE} on test: {difference(versus, n)} "
-            f"(points, over {n} common seeds, 95 % interval)."
-        )
+        over = f"over {n} common seeds, 95 % interval" if n > 1 else "of one common seed, and so without an interval"
+        said.append(f"{best.rule} − {REFERENCE} on test: {difference(versus, n)} (points, {over}).")
     elif best.rule != REFERENCE:
         said.append(f"Not compared with {REFERENCE}: no run of it has a seed of {best.rule}.")
     said.append(f"Best coefficients: {cells[1]}.")
@@ -92,7 +90,8 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[s
     seeds = sorted({len(found["seeds"]) for found in summary["confirmed"]})
     many = len(summary["confirmed"])
     configured = f"{many} configuration{'s' if many > 1 else ''}"
-    confirmed = f"{configured} × {'–'.join(map(str, seeds))} seeds" if seeds else "none"
+    plural = "" if seeds == [1] else "s"
+    confirmed = f"{configured} × {'–'.join(map(str, seeds))} seed{plural}" if seeds else "none"
     noise = {name: summary["noise"][name] for name in summary["noise"]}
     return {
         "data set": summary["dataset"],
