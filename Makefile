@@ -17,11 +17,12 @@ INSTALLED_DEV := $(VENV)/installed-dev
 INSTALLED_BROWSER := $(VENV)/installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser chromium dashboards check format clean
+.PHONY: help demo test test-faults test-browser chromium dashboards check format clean
 
 help:
 	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-faults   set up, then the tests that kill processes, and take their time"
 	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
 	@echo "make dashboards  the pages of results/published again"
 	@echo "make check   formatter, linter, type checker, import rules"
@@ -33,6 +34,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
+
+test-faults: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -m faults
 
 test-browser: $(INSTALLED_BROWSER) chromium
 	$(BIN)/python -m pytest -m browser -rs

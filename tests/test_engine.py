@@ -178,7 +178,7 @@ class Driver:
         return self.process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_killed_and_interrupted_drivers_lose_and_double_nothing(tmp_path: Path) -> None:
     import psutil
 

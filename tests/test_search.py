@@ -129,7 +129,7 @@ def test_search_from_end_to_end(tmp_path: Path) -> None:
         process.stderr.close()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore")
 def test_killed_at_two_moments_it_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     name = "mirror-lenet-digits"

@@ -172,6 +172,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         one.kill()
 
 
+@pytest.mark.faults
 def test_a_server_killed_in_the_middle_costs_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
