@@ -7,7 +7,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 
 # The demo's budget: under ten minutes on two cores without a GPU.
-DEMO_TRIALS ?= 4
+DEMO_TRIALS ?= 3
 DEMO_EPOCHS ?= 3
 DEMO_ARGS ?= --confirm-seeds 2
 
