@@ -6,7 +6,7 @@ VENV ?= .venv
 # More arguments for pip install, e.g. --extra-index-url, for a build of torch without CUDA.
 PIP_ARGS ?=
 
-# The demo's budget: under ten minutes on two cores without a GPU.
+# The demo's budget: about ten minutes on two cores without a GPU.
 DEMO_TRIALS ?= 3
 DEMO_EPOCHS ?= 3
 DEMO_ARGS ?= --confirm-seeds 2

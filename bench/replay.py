@@ -18,6 +18,7 @@ from bench.files import read_yaml
 from bench.place import Options, Place, Share
 from bench.plans import Variant, Wanted, find_study
 from bench.programme import Searched
+from bench.reading import place_of
 from bench.robustness_plan import RobustnessConfig
 from bench.robustness_points import is_whole, summary_of
 from bench.rows import Row, RowFile, last_attempts
@@ -126,8 +127,8 @@ def _searched(ready: Ready) -> Searched:
 def _place(rows: Iterable[Row], options: Options, folder: Path) -> Place:
     """Where these rows came about, as far as they say; UserError if none was trained."""
     for row in rows:
-        kept = row["provenance"]
-        if {"examples", "dataset_digest", "device"} <= set(kept):
+        kept, key = row["provenance"], place_of(row)
+        if key is not None and "examples" in kept:
             name = row["config"]["dataset"]
             return Place(
                 options=options,
@@ -135,7 +136,7 @@ def _place(rows: Iterable[Row], options: Options, folder: Path) -> Place:
                 dataset=(name, kept["dataset_digest"]),
                 examples=kept["examples"],
                 chance=1 / _classes(name, kept, folder),
-                key=f"{kept['device'].partition(':')[0]} {kept['dataset_digest']}",
+                key=key,
                 uri="",
                 artifacts=None,
             )
@@ -143,7 +144,7 @@ def _place(rows: Iterable[Row], options: Options, folder: Path) -> Place:
 
 
 def _classes(name: str, kept: Mapping[str, Any], folder: Path) -> int:
-    """How many classes the data have; releases before 0.2 did not keep it."""
+    """How many classes the data have; older rows do not keep it."""
     known = kept.get("classes") or (DATASETS[name].classes if name in DATASETS else None)
     if known is None:
         raise UserError(f"{folder}: its rows do not say how many classes {name} has; run its command again.")

@@ -19,7 +19,7 @@ from bench.pages.robustness import robustness_page
 from bench.pages.search import search_page
 from bench.pages.transfer import transfer_page
 from bench.reading import Found, find, pick, read_search, search_summary
-from bench.summary import REFERENCE, budget_words
+from bench.summary import REFERENCE, budget_words, scaling_words
 
 INDEX = "index.html"
 
@@ -132,9 +132,7 @@ def _unreadable(found: Found, reason: str) -> Entry:
 
 def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
     best = summary["confirmed"][0] if summary["confirmed"] else None
-    variant = best["config"] if best else {}
-    scaling = "" if variant.get("scaling", "reference") == "reference" else variant["scaling"]
-    scaling += "-centered" if variant.get("centered") else ""
+    scaling = scaling_words(best["config"]) if best else ""
     versus = best and best[f"test_acc_versus_{REFERENCE}"]
     against = f"; − {REFERENCE}: {difference(versus)}" if versus and summary["rule"] != REFERENCE else ""
     return Entry(

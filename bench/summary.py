@@ -113,6 +113,12 @@ def _is_confirmed(config: StudyConfig, searched: Sequence[Row], confirmed: Seque
     return best is None or len({row["config"]["seed"] for row in ended}) >= config.confirm_seeds
 
 
+def scaling_words(config: Mapping[str, Any]) -> str:
+    """How amp, sparse and null saw the activity, where it was not the authors' way; older rows do not say it."""
+    label = config.get("scaling", TrialConfig.scaling) + ("-centered" if config.get("centered") else "")
+    return "" if label == TrialConfig.scaling else str(label)
+
+
 def budget_words(summary: Mapping[str, Any]) -> str:
     """Trials × epochs; of a search under way also how many trials it has by now."""
     ran = sum(summary["trials"].values())

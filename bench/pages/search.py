@@ -13,7 +13,7 @@ from bench.pages.confirmed import Configuration, alignment_parts, configurations
 from bench.pages.parts import Page, Section
 from bench.pages.trials import Search, learning_curves, optimisation_history, trials_of
 from bench.rows import Row
-from bench.summary import REFERENCE, budget_words, table_rows
+from bench.summary import REFERENCE, budget_words, scaling_words, table_rows
 
 
 def search_page(
@@ -104,7 +104,11 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[s
             if noise
             else {}
         ),
-        **({"scaling": scaling} if (scaling := _scaling(rows)) else {}),
+        **(
+            {"scaling": scaling}
+            if (scaling := ", ".join(sorted({scaling_words(row["config"]) for row in rows} - {""})))
+            else {}
+        ),
         "budget": budget_words(summary),
         "complete": "yes" if summary["complete"] else "no: the same command goes on",
         "trials": ", ".join(f"{n} {status}" for status, n in summary["trials"].items()),
@@ -114,15 +118,6 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[s
         "versions": _distinct(rows, _versions),
         "git revision": _distinct(rows, lambda found: str(found.get("git_revision") or "")[:10]),
     }
-
-
-def _scaling(rows: Iterable[Row]) -> str:
-    """How amp, sparse and null saw the activity, where it was not the authors' way."""
-    named = {
-        row["config"].get("scaling", "reference") + ("-centered" if row["config"].get("centered") else "")
-        for row in rows
-    }
-    return ", ".join(sorted(named - {"reference"}))
 
 
 def _distinct(rows: Iterable[Row], words: Callable[[Mapping[str, Any]], str]) -> str:
