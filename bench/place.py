@@ -16,13 +16,21 @@ from bench.training import pick_device, prepare, update_levels
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a command runs; none of it is part of what is found. ``concurrent``: None is one trial per core (or GPU)."""
+    """How a command runs; none of it is part of what is found. ``concurrent``: None is one trial per core (or GPU).
+
+    ``address``: of a Ray cluster to join; None: one of our own, on this machine. ``storage``: the URL of an Optuna
+    storage on a server; None: a journal in the study's folder. ``gpus_per_trial``: None divides what there is.
+    """
 
     results: Path = Path("results")
     data_dir: str | None = None
     device: str = "auto"
     concurrent: int | None = None
     tracking_uri: str | None = None
+    address: str | None = None
+    storage: str | None = None
+    gpus_per_trial: float | None = None
+    workers_per_trial: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

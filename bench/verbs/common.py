@@ -78,6 +78,15 @@ def add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
+def add_machines(parser: argparse.ArgumentParser) -> None:
+    """What the runs of a verb share: cores, GPUs, other machines."""
+    parser.add_argument("--concurrent", type=int, metavar="K", help="runs at a time (else one per core, or GPU)")
+    parser.add_argument("--gpus-per-trial", type=float, metavar="G", help="0.5: two share one (else what there is)")
+    parser.add_argument("--workers-per-trial", type=int, default=1, metavar="W", help="that train one network together")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster to join; see `bench cluster`")
+    parser.add_argument("--storage", metavar="URL", help="Optuna storage, for several drivers (else a journal file)")
+
+
 def add_budget(parser: argparse.ArgumentParser) -> None:
     """The options of searches that must have equal budgets; None is "as in those that exist, else the default"."""
     default = {name: field.default for name, field in StudyConfig.__dataclass_fields__.items()}
@@ -92,7 +101,6 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, metavar=metavar, help=text)
     parser.add_argument("--sampler", metavar="S", help="see `bench list samplers` (else as in those that exist, or gp)")
     parser.add_argument("--scheduler", metavar="S", help="see `bench list schedulers` (else as in those, or asha)")
-    parser.add_argument("--concurrent", type=int, metavar="K", help="runs at a time (else one per core, or GPU)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
 
 
@@ -213,12 +221,18 @@ def options_of(given: argparse.Namespace) -> Options:
     """The options that say where and how runs run."""
     from bench.place import Options
 
+    check_range("--concurrent", "concurrent", given.concurrent, 1)
+    check_range("--workers-per-trial", "workers_per_trial", given.workers_per_trial, 1)
     return Options(
         results=given.results,
         data_dir=given.data_dir,
         device=given.device,
         concurrent=given.concurrent,
         tracking_uri=given.tracking_uri,
+        address=given.address,
+        storage=given.storage,
+        gpus_per_trial=given.gpus_per_trial,
+        workers_per_trial=given.workers_per_trial,
     )
 
 

@@ -7,10 +7,11 @@ import json
 import sys
 from typing import Any
 
-from bench.config import PRIMITIVE_NAMES, UserError, check_range, study_name
+from bench.config import PRIMITIVE_NAMES, UserError, study_name
 from bench.verbs.common import (
     add_budget,
     add_json,
+    add_machines,
     add_results,
     add_scaling,
     add_where,
@@ -37,6 +38,7 @@ def add(verbs: Any) -> None:
     add_scaling(p)
     add_budget(p)
     add_where(p)
+    add_machines(p)
     add_results(p)
     add_json(p)
 
@@ -50,7 +52,6 @@ def _matrix(given: argparse.Namespace) -> int:
     from bench.present_plans import print_matrix, print_outlook
     from bench.recipes import check_recipe
 
-    check_range("--concurrent", "concurrent", given.concurrent, 1)
     archs = names("arch", given.arch)
     for arch in archs:
         check_arch(arch)

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.config import UserError, check_range
+from bench.config import UserError
 from bench.verbs.common import (
     add_json,
+    add_machines,
     add_results,
     add_where,
     carry_out,
@@ -60,10 +61,10 @@ def add(verbs: Any) -> None:
     )
     p.add_argument("--epochs", type=int, metavar="E", help="of each training (else as in the search)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe of all")
-    p.add_argument("--concurrent", type=int, metavar="K", help="runs at a time (else one per core, or GPU)")
     p.add_argument("--keep-networks", action="store_true", help="leave the trained networks in the folder, from now on")
     p.add_argument("--name", metavar="STUDY", help="of the measurement (else robustness-ARCH-DATASET)")
     add_where(p)
+    add_machines(p)
     add_results(p)
     add_json(p)
 
@@ -77,7 +78,6 @@ def _robustness(given: argparse.Namespace) -> int:
     from bench.robustness import prepare_measurement
     from bench.robustness_plan import RobustnessConfig, rules_of
 
-    check_range("--concurrent", "concurrent", given.concurrent, 1)
     if given.arch is not None:
         check_arch(given.arch)
     changes = check_recipe(parse_settings(given.set)) | ({} if given.epochs is None else {"epochs": given.epochs})

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from bench.config import Objective, StudyConfig, TrialConfig, UserError, check_range, study_name, unknown
+from bench.config import Objective, StudyConfig, TrialConfig, UserError, study_name, unknown
 from bench.verbs.common import (
     Say,
     Watch,
     add_json,
+    add_machines,
     add_results,
     add_scaling,
     add_where,
@@ -38,7 +39,6 @@ def add(verbs: Any) -> None:
     p.add_argument("--dataset", default="digits", metavar="D", help="a name from `bench list datasets`")
     p.add_argument("--trials", type=int, default=default["trials"], metavar="N", help="configurations to try")
     p.add_argument("--epochs", type=int, default=default["epochs"], metavar="E", help="epochs of one whole trial")
-    p.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (else one per core, or GPU)")
     p.add_argument("--objective", default=default["objective"], metavar="O", help="accuracy, robustness, or both")
     p.add_argument("--site", metavar="S", help="of the noise for robustness: update, weight, activation, input")
     p.add_argument("--sigma", metavar="X,X...", help="levels of that noise (else the site's own)")
@@ -53,6 +53,7 @@ def add(verbs: Any) -> None:
     add_scaling(p)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
     add_where(p)
+    add_machines(p)
     add_results(p)
     add_json(p)
 
@@ -66,7 +67,6 @@ def _search(given: argparse.Namespace) -> int:
     from bench.space import load_space
     from bench.warm import warm_trials
 
-    check_range("--concurrent", "concurrent", given.concurrent, 1)
     rule = ANY if given.rule == ANY else parse_rule(given.rule).name
     changes = check_recipe(parse_settings(given.set))
     check_arch(given.arch)

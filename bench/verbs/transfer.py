@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from bench.config import UserError, check_range, study_name
+from bench.config import UserError, study_name
 from bench.verbs.common import (
     add_budget,
     add_json,
+    add_machines,
     add_results,
     add_scaling,
     add_where,
@@ -37,6 +38,7 @@ def add(verbs: Any) -> None:
     add_scaling(p, several=True)
     add_budget(p)
     add_where(p)
+    add_machines(p)
     add_results(p)
     add_json(p)
 
@@ -48,7 +50,6 @@ def _transfer(given: argparse.Namespace) -> int:
     from bench.recipes import check_recipe
     from bench.transfer import TransferConfig, prepare_transfer, transfer
 
-    check_range("--concurrent", "concurrent", given.concurrent, 1)
     rules = [parse_rule(name) for name in names("rule", given.rule)]
     for rule in rules:
         if not rule.learns:
