@@ -20,19 +20,19 @@ from typing import Any
 
 from bench import processes
 from bench.config import UserError
+from bench.joining import OBJECT_STORE_BYTES, REMEDY, TOKEN_FILE, VARIABLES, check_address
 from bench.provenance import provenance
 
-# Ray reads these two when it is imported. Under `uv run` it would else ship the working directory to its
+# Ray reads these when it is imported. Under `uv run` it would else ship the working directory to its
 # workers; and on Linux it would listen on the address that other machines see, even if told 127.0.0.1.
 os.environ.update(RAY_ENABLE_UV_RUN_RUNTIME_ENV="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+# And this: a cluster that has a token is else asked for without it, even where the token lies in its place.
+if any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) or TOKEN_FILE.expanduser().exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-#: Nothing goes through Ray's object store but its own small change; 75 MiB is the least that Ray takes.
-OBJECT_STORE_BYTES = 80 * 2**20
-#: A node that is slow to answer on a busy machine is not dead; 5 missed answers ended a search of hours.
-MISSED_ANSWERS = 100
 #: Seconds between two looks at the nodes of a cluster that is joined.
 _LOOK = 2.0
 #: Seconds for each node to say what it has installed: it may have to start a process for it.
@@ -110,12 +110,10 @@ def _own(needs: Needs, grace: float) -> Iterator[Cluster]:
     variables = {
         **_of_workers(needs),
         **_of_tune(needs),
+        **VARIABLES,
         # What can be imported here can be imported in the workers, from whatever folder this was started.
         "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path),  # noqa: PTH100 ("" is the current one)
         "RAY_AUTH_TOKEN": _TOKEN,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_health_check_failure_threshold": str(MISSED_ANSWERS),
-        "RAY_worker_niceness": "0",  # 15 by default: beside anything else that runs, it would stand still
     }
     with processes.scratch_folder() as folder, processes.environment(variables, also=_SET_BY_RAY):
         spared = processes.own_children()
@@ -178,7 +176,7 @@ def _of_tune(needs: Needs) -> dict[str, str]:
 
 @contextmanager
 def _joined(needs: Needs, address: str, shared: Path, say: Say) -> Iterator[Cluster]:
-    variables = {**_of_workers(needs), **_of_tune(needs), "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = {**_of_workers(needs), **_of_tune(needs), **VARIABLES}
     with processes.scratch_folder() as folder, processes.environment(variables, also=_SET_BY_RAY):
         _connect(address, {**_of_workers(needs), "PYTHONPATH": os.pathsep.join(_added_paths())})
         try:
@@ -200,6 +198,7 @@ def _kill(actors: list[Any]) -> None:
 
 
 def _connect(address: str, variables: dict[str, str]) -> None:
+    check_address(address)
     try:
         ray.init(
             address=address,
@@ -209,9 +208,7 @@ def _connect(address: str, variables: dict[str, str]) -> None:
         )
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and kinds of its own
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--address {address}: no Ray cluster to join there ({reason}); `bench cluster` says how to start one."
-        ) from error
+        raise UserError(f"--address {address}: no Ray cluster to join there ({reason}); {REMEDY}.") from error
 
 
 def _added_paths() -> list[str]:

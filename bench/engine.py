@@ -31,6 +31,9 @@ __all__ = ["WAIT", "Outcome", "RepeatedError", "Source", "Task", "Wait", "run"]
 
 Outcome = Literal["done", "interrupted"]
 
+#: Ray's words for a node that is gone fill lines; so many letters of them say enough.
+_LONGEST_CAUSE = 100
+
 
 def run(
     source: Source,
@@ -146,7 +149,8 @@ def _cause(errors: str) -> str:
     """
     _, _, last = errors.rpartition("Failure # ")
     lines = [line.strip() for line in last.splitlines()[1:] if line.strip()] or ["no reason given"]
-    return lines[-1] if "ray::" in lines[0] else lines[0]
+    cause = lines[-1] if "ray::" in lines[0] else lines[0]
+    return cause if len(cause) <= _LONGEST_CAUSE else f"{cause[:_LONGEST_CAUSE]}..."
 
 
 class _Stop(tune.Stopper):  # type: ignore[misc]
@@ -156,6 +160,9 @@ class _Stop(tune.Stopper):  # type: ignore[misc]
         self._director, self._place = director, place
         #: the processes that have trials
         self.actors: Callable[[], list[Any]] = list
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as with the director
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
         return False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.config import TrialConfig, UserError
 from bench.evaluators.adversarial import ATTACKS
+from bench.joining import check_address
 from bench.noise import SITES
 from bench.provenance import usable_cores
 from bench.stores import check_uri, embedded
@@ -89,6 +90,8 @@ def survey(options: Options, config: TrialConfig) -> Place:
     uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
     if options.tracking_uri:
         check_uri(uri)
+    if options.address is not None:
+        check_address(options.address)
     # the machines of a cluster may have what this one lacks
     elsewhere = options.address is not None and options.device != "auto"
     device = options.device.partition(":")[0] if elsewhere else pick_device(options.device).type

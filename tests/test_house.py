@@ -65,6 +65,7 @@ FLOORS = {
     "summary": 6,
     "study": 7,
     "engine": 7,
+    "joining": 5,
     "cluster": 6,
     "listing": 7,
     "train": 7,
