@@ -290,7 +290,7 @@ def _workers(*nodes: subprocess.Popen[Any]) -> list[str]:
                 titles.append(" ".join(process.cmdline()))
             except psutil.NoSuchProcess:
                 continue
-    return [title for title in titles if title.startswith("ray::") and "Worker" in title]
+    return [title for title in titles if title.startswith("ray::") and "Trainable" in title]
 
 
 def _wait_for(port: int) -> None:
