@@ -25,7 +25,7 @@ REDUCTION = 3
 class Row:
     """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``.
 
-    ``sees`` (of a sampler): how many trials it is shown at most, so that a proposal's cost does not grow with the study.
+    ``sees`` (of a sampler): how many trials it is shown at most: a proposal's cost does not grow with the study.
     ``several``: whether Optuna lets it be used where there is more than one objective. ``conditional`` (of a sampler):
     whether it learns from parameters that only some trials have.
     """

@@ -35,8 +35,8 @@ def propose(
     """Parameters for the next trial, and what the sampler wants kept with it (CMA-ES: its state).
 
     Trial i of a warm start is ``config.warm[i]``. The sampler sees what `as_completed` makes of stopped trials (with
-    two objectives there are none), and of many trials those that are `shown`. A parameter whose switch is off is no parameter of the trial: the switches are
-    proposed first.
+    two objectives there are none), and of many trials those that are `shown`. A parameter whose switch is off is no
+    parameter of the trial: the switches are proposed first.
     """
     number = len(trials)
     if number < len(config.warm):
