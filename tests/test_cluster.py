@@ -250,11 +250,10 @@ def test_cluster_started_as_bench_says_is_searched_on_interrupted_and_left_alone
         return subprocess.Popen(command, shell=True, env=variables, text=True, start_new_session=True, **more)
 
     subprocess.run(found["token"], shell=True, env=variables, check=True, capture_output=True)
-    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    head = shell(f"{found['head']} --block", **silent)
+    head = shell(f"{found['head']} --block > {tmp_path / 'head.log'} 2>&1")
     with started(head):
-        _wait_for(port)
-        another = shell(f"{found['node']} --block", **silent)
+        _wait_for(tmp_path / "head.log")
+        another = shell(f"{found['node']} --block > {tmp_path / 'node.log'} 2>&1")
         with started(another):
             search = f"{shlex.quote(sys.executable)} -m bench.cli {found['search'].removeprefix('bench ')}"
             small = f"{search} --arch lenet --set train_examples=200 --epochs 1 --confirm-seeds 1"
@@ -276,7 +275,7 @@ def test_cluster_started_as_bench_says_is_searched_on_interrupted_and_left_alone
                 assert long.stderr is not None
                 long.stderr.close()
             assert _workers(head, another) == []
-            assert head.poll() is another.poll() is None
+            assert (head.poll(), another.poll()) == (None, None), (tmp_path / "node.log").read_text()
 
 
 def _workers(*nodes: subprocess.Popen[Any]) -> list[str]:
@@ -293,13 +292,8 @@ def _workers(*nodes: subprocess.Popen[Any]) -> list[str]:
     return [title for title in titles if title.startswith("ray::") and "Trainable" in title]
 
 
-def _wait_for(port: int) -> None:
+def _wait_for(log: Path) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.5)
-        else:
-            return
-    raise AssertionError(f"nobody at {port}")
+    while not (log.exists() and "Ray runtime started" in log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
