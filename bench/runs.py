@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
+from bench.disk import DiskError
 from bench.place import Place
 from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
@@ -194,6 +195,8 @@ class Runs:
         """Append the row; a control that another search has filed meanwhile is that one's."""
         try:
             self._row_files[kind].append(filed)
+        except DiskError:
+            raise
         except UserError:
             known = self._row_files[kind].by_uid().get(filed["uid"]) if kind == "control" else None
             if known is None:

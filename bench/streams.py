@@ -34,7 +34,7 @@ def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
             os.close(sink)
             yield out, err
         finally:
-            _flush()
+            _flush_or_drop()
             out.flush()
             err.flush()
             os.dup2(out.fileno(), 1)
@@ -44,6 +44,18 @@ def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
 def _duplicate(descriptor: int) -> TextIO:
     # A duplicate is not inherited by child processes: none of them can hold the terminal open.
     return os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
+
+
+def _flush_or_drop() -> None:
+    """What the log does not take any more (its disk is full) must not come out on the terminal instead."""
+    try:
+        _flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        _flush()
 
 
 def _flush() -> None:
