@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,7 +214,7 @@ def _name(trial: Any) -> str:
 
 def _keep_last_words(folder: Path, log: Path) -> None:
     """Add the ends of what the workers wrote to stderr to the log: a crash in C++ says its reason there."""
-    with log.open("ab") as kept:
+    with suppress(OSError), log.open("ab") as kept:  # where it cannot be kept, that is what ended the run
         for path in sorted(folder.glob("session_2*/logs/worker-*.err")):
             lines = [line for line in path.read_bytes().splitlines() if not line.startswith(b":")]  # :job_id:01...
             kept.writelines(line + b"\n" for line in lines[-50:])

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
+from bench.disk import DiskError, on_disk
 from bench.place import Place
 from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
@@ -187,13 +188,16 @@ class Runs:
     def _tidy(self, uid: str) -> None:
         """Remove the checkpoints of a run that is over."""
         path = self._checkpoint(uid)
-        for file in path.parent.glob(f"{glob.escape(path.name)}*"):
-            file.unlink(missing_ok=True)
+        with on_disk(path):
+            for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+                file.unlink(missing_ok=True)
 
     def _file(self, kind: Kind, filed: Row) -> Row:
         """Append the row; a control that another search has filed meanwhile is that one's."""
         try:
             self._row_files[kind].append(filed)
+        except DiskError:
+            raise
         except UserError:
             known = self._row_files[kind].by_uid().get(filed["uid"]) if kind == "control" else None
             if known is None:

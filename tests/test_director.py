@@ -31,12 +31,12 @@ def direct(tmp_path: Path) -> Callable[..., Director]:
 
 def success() -> dict[str, Any]:
     result = TrialResult(config=config(), status="finished")
-    return {"result": result.to_dict(), "where": "", "traceback": "", "crowded": False}
+    return {"result": result.to_dict(), "where": "", "traceback": "", "blame": ""}
 
 
-def failure(where: str, reason: str = "ValueError: no", *, crowded: bool = False) -> dict[str, Any]:
+def failure(where: str, reason: str = "ValueError: no", *, blame: str = "") -> dict[str, Any]:
     failed = TrialResult(config=config(), status="failed", reason=reason)
-    return {"result": failed.to_dict(), "where": where, "traceback": "Traceback: ...", "crowded": crowded}
+    return {"result": failed.to_dict(), "where": where, "traceback": "Traceback: ...", "blame": blame}
 
 
 def test_director_keeps_to_the_concurrency_and_knows_waiting_from_the_end(direct: Callable[..., Director]) -> None:
@@ -206,7 +206,7 @@ def test_gpu_memory_that_is_too_small_for_all_lowers_how_many_there_are(
     for trial in "123":
         director.suggest(trial)
         director.started(trial)
-    full = failure("OutOfMemoryError layers.py:1", "OutOfMemoryError: CUDA out of memory", crowded=True)
+    full = failure("OutOfMemoryError layers.py:1", "OutOfMemoryError: CUDA out of memory", blame="GPU memory")
     director.returned("2", full)  # b
     assert script.results == {}
     assert capsys.readouterr().out == (
@@ -220,16 +220,19 @@ def test_gpu_memory_that_is_too_small_for_all_lowers_how_many_there_are(
     director.returned("3", success())
     assert director.suggest("5") is not None
     assert director.suggest("6") is None
-    director.returned("5", full)  # alone: it is too large
+    for trial in "567":  # alone: it is begun again twice, for others use the GPU too; and then it is too large
+        assert "b" not in script.results
+        director.returned(trial, full)
+        assert director.suggest(str(int(trial) + 1)) is not None
+        assert director.suggest("9") is None
     assert {uid: result.status for uid, result in script.results.items()} == {
         "a": "finished",
         "c": "finished",
         "b": "failed",
     }
-    assert script.results["b"].reason == "OutOfMemoryError: CUDA out of memory"
+    assert script.results["b"].reason == "ran out of GPU memory 3 times (OutOfMemoryError: CUDA out of memory)"
     assert [event for event in script.events if event == ("started", "b")] == [("started", "b")]
-    assert director.suggest("7") is not None  # d, by itself
-    assert director.suggest("8") is None
+    assert [live.task.uid for live in director.live.values()] == ["d"]
 
 
 def test_lack_of_gpu_memory_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,5 +255,5 @@ def test_lack_of_gpu_memory_is_told_from_other_errors(monkeypatch: pytest.Monkey
         running = Running(
             json.dumps({"trial": "fake_trials:fail", "config": config().to_dict(), "options": {"name": name}})
         )
-        found[name] = running.next_message()["crowded"]
-    assert found == {"torch": True, "cublas": True, "shape": False, "python": False}
+        found[name] = running.next_message()["blame"]
+    assert found == {"torch": "GPU memory", "cublas": "GPU memory", "shape": "", "python": "memory"}
