@@ -31,11 +31,12 @@ class BusyError(UserError):
     """Another process has the study."""
 
 
-def claim(folder: Path) -> int:
+def claim(folder: Path, *, shared: bool = False) -> int:
     """Take ``folder`` (made if need be) for this process; returns the descriptor that holds it.
 
     The operating system lets go of it when this process ends, however it ends; ``os.close`` does so
-    before. `BusyError` if another process has it; a UserError if it cannot be written.
+    before. ``shared``: with others that take it so, and with none that does not. `BusyError` if another
+    process has it; a UserError if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +44,9 @@ def claim(folder: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --results folder.") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = os.read(descriptor, 20).decode() or "unknown"
+        owner = os.read(descriptor, 40).decode() or "unknown"
         os.close(descriptor)
         raise BusyError(
             f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or "
@@ -57,7 +58,7 @@ def claim(folder: Path) -> int:
             f"cannot lock {folder} ({error.strerror}); choose a --results folder on a local disk."
         ) from error
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    os.pwrite(descriptor, b"with --storage" if shared else str(os.getpid()).encode(), 0)
     return descriptor
 
 

@@ -34,6 +34,7 @@ FLOORS = {
     "director": 0,
     "stores": 0,
     "delivery": 0,
+    "drivers": 1,
     "learning.ops": 0,
     "front": 0,
     "looks": 0,
@@ -63,6 +64,7 @@ FLOORS = {
     "tracking": 6,
     "proposals": 6,
     "summary": 6,
+    "storage": 6,
     "study": 7,
     "engine": 7,
     "listing": 7,
@@ -111,7 +113,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "art": ("evaluators",),
     "matplotlib": ("figures",),
     "ray": ("engine",),
-    "optuna": ("study", "proposals", "choices", "space", "optuna_ui", "pages"),
+    "optuna": ("study", "storage", "proposals", "choices", "space", "optuna_ui", "pages"),
     "optuna_dashboard": ("optuna_ui",),
     "plotly": ("pages",),
     "jinja2": ("pages",),
@@ -124,9 +126,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "sklearn": ("datasets",),
     "packaging": ("doctor",),
     "psutil": ("processes",),
+    "sqlalchemy": ("storage",),
 }
 #: Comes inside another package.
-VENDORED = {"psutil": "ray"}
+VENDORED = {"psutil": "ray", "sqlalchemy": "optuna"}
 #: Distributions that are imported under another name.
 IMPORT_NAMES = {
     "scikit-learn": "sklearn",
