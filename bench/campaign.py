@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.choices import OBJECTIVES
-from bench.config import StudyConfig, TrialConfig, TrialResult
+from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.drivers import LaterError
 from bench.learning.rules import parse_rule
@@ -136,10 +136,10 @@ class Campaign(Runs):
     def _next(self) -> Task | Wait | None:
         self.look_again()
         while proposal := self._study.ask():
-            if proposal.uid in self._done:  # killed between the row and the tell
-                self._study.tell(proposal.uid, result_of(self._done[proposal.uid]))
-                continue
             config = trial_config(self.config, self._space.changes(proposal.params))
+            if proposal.uid in self._done:  # killed between the row and the tell
+                self._study.tell(proposal.uid, self._filed_as(proposal.uid, config))
+                continue
             return self._task(proposal.uid, Planned(config=config, kind="search"))
         if any(self._open(self.control_tasks())):
             self._done |= self._row_files["control"].news()  # another search may have run some meanwhile
@@ -150,6 +150,16 @@ class Campaign(Runs):
         for uid, plan in self._free(self.confirm_tasks()):
             return self._task(uid, plan)
         return WAIT if self.awaits_controls() or self._awaits_drivers() else None
+
+    def _filed_as(self, uid: str, config: TrialConfig) -> TrialResult:
+        """UserError if the row is not of this configuration: the record was put back to an earlier state."""
+        result = result_of(self._done[uid])
+        if result.config.coefficients != config.coefficients:
+            raise UserError(
+                f"{uid} has other coefficients in the study than in {self._row_files['search'].path}: restore the one "
+                "or the other, or use another --name."
+            )
+        return result
 
     def _free(self, plans: Mapping[str, Planned]) -> Iterator[tuple[str, Planned]]:
         """What of these nobody has under way, in this driver or another."""

@@ -109,14 +109,17 @@ class Together:
 
     def _enter(self, patience: float) -> None:
         deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(self._gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:  # and not waited for: a signal could not end that
-                if time.monotonic() > deadline:
-                    raise LaterError(f"another driver has held {self._place / 'gate'} for {patience:.0f} s") from error
-                time.sleep(0.02)
+        while not self._shut():  # not waited for by the system: no signal could end that
+            if time.monotonic() > deadline:
+                raise LaterError(f"another driver has held {self._place / 'gate'} for {patience:.0f} s")
+            time.sleep(0.02)
+
+    def _shut(self) -> bool:
+        try:
+            fcntl.flock(self._gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _look_around(self) -> None:
         try:

@@ -10,7 +10,7 @@ from bench.config import TrialConfig
 from bench.evaluators.adversarial import ATTACKS
 from bench.noise import SITES
 from bench.provenance import usable_cores
-from bench.stores import check_uri, embedded
+from bench.stores import check_storage, check_uri, embedded
 from bench.training import pick_device, prepare, update_levels
 
 
@@ -78,6 +78,8 @@ def survey(options: Options, config: TrialConfig) -> Place:
     uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
     if options.tracking_uri:
         check_uri(uri)
+    if options.storage:
+        check_storage(options.storage)
     device = pick_device(options.device).type
     data = prepare(config, data_dir=options.data_dir, device="cpu").data
     return Place(

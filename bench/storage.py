@@ -104,9 +104,7 @@ def kept(folder: Path, name: str, url: str | None, say: Say) -> Iterator[tuple[B
         yield _in_journal(folder, name, say), None
         return
     if (folder / JOURNAL).exists():
-        raise UserError(
-            f"study {name!r} is kept in {folder / JOURNAL}: leave --storage out to go on with it, or use another --name."
-        )
+        raise UserError(f"study {name!r} is kept in {folder / JOURNAL}: leave --storage out, or use another --name.")
     storage = reach(url)
     try:
         with _at_start(url):

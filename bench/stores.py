@@ -112,9 +112,7 @@ def _check_port(uri: str, option: str) -> None:
         port = place.port or _PORTS[place.scheme.partition("+")[0]]
         socket.create_connection((place.hostname, port), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"no database answers at {shown(uri)} ({error}); start it or correct {option}."
-        ) from error
+        raise UserError(f"no database answers at {shown(uri)} ({error}); start it or correct {option}.") from error
 
 
 @contextlib.contextmanager

@@ -355,9 +355,9 @@ class Study:
             raise UserError(f"{begun}; use those to go on with it, or another --name.")
 
     def _read(self) -> list[FrozenTrial]:
-        self._known: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
-        self._read_at = time.monotonic()
-        return self._known
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        self._known, self._read_at = trials, time.monotonic()
+        return trials
 
     def _trials(self) -> list[FrozenTrial]:
         """As last known, while the storage is away or where it was asked just now."""
@@ -386,4 +386,3 @@ def _of_an_older_release() -> dict[str, Any]:
     """What a setting was before it was one."""
     usual = StudyConfig(name="", rule="", arch="", dataset="").to_dict()
     return {**{key: value for key, value in usual.items() if key not in MAY_CHANGE}, "conditions": {}}
-
