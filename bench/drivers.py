@@ -72,6 +72,7 @@ class Together:
         self.own: set[str] = set()
         self.taken: frozenset[str] = frozenset()
         self.others = 0
+        self._last = False
         self._place = folder / "drivers"
         self._depth, self._written, self._mine, self._gate = 0, "", -1, -1
         self._path = self._place / f"driver-{secrets.token_hex(4)}"
@@ -163,15 +164,17 @@ class Together:
 
     def leave(self) -> bool:
         """Give up all runs; whether this was the last driver. Until `close`, then, no other can begin."""
+        if self._mine < 0:  # it has left
+            return self._last
         try:
             with self.gate(LONG_PATIENCE):
                 self._forget()
-                if self.others == 0:
+                self._last = self.others == 0
+                if self._last:
                     self._depth += 1  # the gate stays shut: what the last one does at the end, it does alone
-                return self.others == 0
         except LaterError:  # whoever holds the gate lives
             self._forget()
-            return False
+        return self._last
 
     def _forget(self) -> None:
         self.own.clear()

@@ -316,7 +316,10 @@ class Store:
             self.finish(operation)
 
     def interrupt(self, operation: Operation) -> None:
-        self._interrupt(self._child(operation), operation["time"])
+        """End a run that goes on elsewhere, or later; not one that has come to its end meanwhile."""
+        run = self._child(operation)
+        if self._client.get_run(run.run_id).info.status == "RUNNING":
+            self._interrupt(run, operation["time"])
 
     def _interrupt(self, run: _Run, when: int) -> None:
         self._write_tags(run.run_id, {"bench.status": "interrupted"})
