@@ -58,9 +58,8 @@ def test_who_is_alone_has_no_company_and_who_has_is_not_alone(tmp_path: Path) ->
 
 def test_the_gate_lets_one_in_at_a_time(tmp_path: Path) -> None:
     a, b = Together(tmp_path), Together(tmp_path)
-    with a.gate(), a.gate():
-        with pytest.raises(LaterError, match="another driver has held"), b.gate(0.05):
-            pass
+    with a.gate(), a.gate(), pytest.raises(LaterError, match="another driver has held"), b.gate(0.05):
+        pass
     with b.gate(0.05):
         pass
     a.close()
@@ -119,6 +118,6 @@ def test_a_killed_process_is_no_driver_any_more_and_a_stopped_one_is(tmp_path: P
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "drivers").touch()
-    with pytest.raises(UserError, match="cannot write to .*drivers"):
+    with pytest.raises(UserError, match=r"cannot write to .*drivers"):
         Together(tmp_path)
     Alone(tmp_path).close()  # and nothing holds it

@@ -275,7 +275,7 @@ def test_files_and_functions_are_read_in_one_sitting(name: str) -> None:
 PYPROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = [*PROJECT["dependencies"], *EXTRAS["vision"]]
+RUNTIME = [*PROJECT["dependencies"], *EXTRAS["vision"], *EXTRAS["postgresql"]]
 
 
 def reason(requirement: str) -> str:

@@ -127,9 +127,7 @@ def test_all_dead_the_next_start_says_what_goes_on(driver: Open, said: list[str]
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-def test_one_driver_finds_in_a_database_what_it_finds_with_a_journal(
-    tmp_path: Path, url: str, driver: Open, sampler: str
-) -> None:
+def test_one_driver_finds_in_a_database_what_it_finds_with_a_journal(url: str, driver: Open, sampler: str) -> None:
     found = []
     for folder, where in (("journal", None), ("database", url)):
         study = driver(folder, where, sampler=sampler)
@@ -147,7 +145,7 @@ def test_one_driver_finds_in_a_database_what_it_finds_with_a_journal(
 # --- where a study is kept
 
 
-def test_a_study_is_kept_in_one_place(driver: Open, url: str, tmp_path: Path) -> None:
+def test_a_study_is_kept_in_one_place(driver: Open, tmp_path: Path) -> None:
     driver("journal", None).close()
     driver("database", name="d").close()
     with pytest.raises(UserError, match=r"study 's' is kept in .*journal.log: leave --storage out"):
@@ -164,7 +162,7 @@ def test_a_study_is_kept_in_one_place(driver: Open, url: str, tmp_path: Path) ->
     driver("database", f"sqlite:///{tmp_path}/moved/optuna.db", name="d").close()  # it is the same one, elsewhere
 
 
-def test_two_kinds_of_driver_at_once_are_refused(driver: Open, url: str) -> None:
+def test_two_kinds_of_driver_at_once_are_refused(driver: Open) -> None:
     study = driver()
     with pytest.raises(UserError, match="being run by another process"):
         driver("s", None)
@@ -197,7 +195,7 @@ def test_killed_before_its_first_word_it_begins_again(driver: Open, url: str, tm
     assert finish(driver()).number == 0
 
 
-def test_rows_whose_study_is_gone_are_no_beginning(driver: Open, url: str, tmp_path: Path) -> None:
+def test_rows_whose_study_is_gone_are_no_beginning(driver: Open, tmp_path: Path) -> None:
     driver().close()
     (tmp_path / "optuna.db").unlink()
     (tmp_path / "s" / "rows.jsonl").write_text("{}\n")
