@@ -80,12 +80,12 @@ class Together:
         try:
             self._place.mkdir(exist_ok=True)
             self._gate = os.open(self._place / "gate", os.O_RDWR | os.O_CREAT, 0o644)
-            with self.gate(LONG_PATIENCE):
+            with patiently(self):
                 self._mine = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 fcntl.flock(self._mine, fcntl.LOCK_EX)
-        except LaterError as error:
+        except UserError:
             self.close()
-            raise UserError(f"{error}; end it, or try again.") from error
+            raise
         except OSError as error:
             self.close()
             raise UserError(f"cannot write to {self._place} ({error.strerror}); free or permit it.") from error
@@ -193,3 +193,13 @@ class Together:
 
 
 Drivers = Alone | Together
+
+
+@contextmanager
+def patiently(drivers: Drivers) -> Iterator[None]:
+    """The gate, for what cannot be done later; UserError if it stays shut."""
+    try:
+        with drivers.gate(LONG_PATIENCE):
+            yield
+    except LaterError as error:
+        raise UserError(f"{error}; end it, or try again.") from error

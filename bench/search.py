@@ -12,6 +12,7 @@ from typing import Any
 from bench.campaign import Campaign, Ready, trial_config
 from bench.choices import OBJECTIVES, check_choices
 from bench.config import StudyConfig, UserError
+from bench.drivers import patiently
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.front import spread
 from bench.journal import check_kind
@@ -103,7 +104,7 @@ def opened(ready: Ready, *, say: Callable[[str], None]) -> Iterator[Open]:
         conditions=ready.space.conditions(),
         url=place.options.storage,
     ) as study:
-        with study.gate():
+        with patiently(study.drivers):
             book = _write_config(ready, joins=study.drivers.others > 0, say=say)
         spool = place.options.results / "spool"
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:

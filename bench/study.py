@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bench.choices import OBJECTIVES, PATIENCE, SAMPLERS, SCHEDULERS, check_choices
 from bench.config import StudyConfig, TrialResult, UserError
-from bench.drivers import LONG_PATIENCE, Alone, Drivers, Together
+from bench.drivers import Alone, Drivers, Together, patiently
 from bench.front import spread
 from bench.proposals import Conditions, Distributions, budget, check_warm, is_diverged, propose
 from bench.storage import AwayError, Line, hang_up, kept
@@ -142,7 +142,7 @@ class Study:
         check_warm(config, distributions, conditions)
         drivers: Drivers = Alone(folder) if url is None else Together(folder)
         try:
-            with drivers.gate(LONG_PATIENCE), kept(folder, config.name, url, say) as (storage, identity):
+            with patiently(drivers), kept(folder, config.name, url, say) as (storage, identity):
                 line = Line(f"the storage at {shown(url or str(folder))}", say)
                 study = cls(folder, config, distributions, conditions, chance, storage, drivers, line, say)
                 study._check_settings(identity)
