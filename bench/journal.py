@@ -33,11 +33,12 @@ class BusyError(UserError):
     """Another process has the study."""
 
 
-def claim(folder: Path) -> int:
+def claim(folder: Path, *, shared: bool = False) -> int:
     """Take ``folder`` (made if need be) for this process; returns the descriptor that holds it.
 
     The operating system lets go of it when this process ends, however it ends; ``os.close`` does so
-    before. `BusyError` if another process has it; a UserError if it cannot be written.
+    before. ``shared``: with others that take it so, and with none that does not. `BusyError` if another
+    process has it; a UserError if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +46,9 @@ def claim(folder: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --results folder.") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = os.read(descriptor, 20).decode() or "unknown"
+        owner = os.read(descriptor, 40).decode() or "unknown"
         os.close(descriptor)
         raise BusyError(
             f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or "
@@ -60,7 +61,7 @@ def claim(folder: Path) -> int:
         ) from error
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        os.pwrite(descriptor, b"with --storage" if shared else str(os.getpid()).encode(), 0)
     except OSError as error:
         os.close(descriptor)
         raise disk_error(folder / "lock", error) from error

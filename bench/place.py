@@ -11,7 +11,7 @@ from bench.evaluators.adversarial import ATTACKS
 from bench.joining import check_address
 from bench.noise import SITES
 from bench.provenance import usable_cores
-from bench.stores import check_uri, embedded
+from bench.stores import check_storage, check_uri, embedded
 from bench.training import pick_device, prepare, update_levels
 
 
@@ -90,6 +90,8 @@ def survey(options: Options, config: TrialConfig) -> Place:
     uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
     if options.tracking_uri:
         check_uri(uri)
+    if options.storage:
+        check_storage(options.storage)
     if options.address is not None:
         check_address(options.address)
     # the machines of a cluster may have what this one lacks

@@ -264,7 +264,7 @@ def test_a_trial_whose_disk_is_full_is_not_failed_and_ends_the_run(disk: SmallDi
     director = Director(
         script,
         trial="bench.trial:run_trial",
-        concurrent=2,
+        room=lambda: 2,
         log=tmp_path / "log",
         say=said.append,
         tick=None,

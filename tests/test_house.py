@@ -35,6 +35,7 @@ FLOORS = {
     "stores": 0,
     "delivery": 0,
     "disk": 0,
+    "drivers": 2,
     "learning.ops": 0,
     "front": 0,
     "looks": 0,
@@ -64,6 +65,7 @@ FLOORS = {
     "tracking": 6,
     "proposals": 6,
     "summary": 6,
+    "storage": 6,
     "study": 7,
     "engine": 7,
     "joining": 5,
@@ -114,7 +116,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "art": ("evaluators",),
     "matplotlib": ("figures",),
     "ray": ("engine", "cluster"),
-    "optuna": ("study", "proposals", "choices", "space", "optuna_ui", "pages"),
+    "optuna": ("study", "storage", "proposals", "choices", "space", "optuna_ui", "pages"),
     "optuna_dashboard": ("optuna_ui",),
     "plotly": ("pages",),
     "jinja2": ("pages",),
@@ -127,9 +129,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "sklearn": ("datasets",),
     "packaging": ("doctor",),
     "psutil": ("processes",),
+    "sqlalchemy": ("storage",),
 }
 #: Comes inside another package.
-VENDORED = {"psutil": "ray"}
+VENDORED = {"psutil": "ray", "sqlalchemy": "optuna"}
 #: Distributions that are imported under another name.
 IMPORT_NAMES = {
     "scikit-learn": "sklearn",
@@ -275,7 +278,7 @@ def test_files_and_functions_are_read_in_one_sitting(name: str) -> None:
 PYPROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = [*PROJECT["dependencies"], *EXTRAS["vision"]]
+RUNTIME = [*PROJECT["dependencies"], *EXTRAS["vision"], *EXTRAS["postgresql"]]
 
 
 def reason(requirement: str) -> str:
