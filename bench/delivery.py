@@ -102,7 +102,7 @@ class Delivery:
         if again:
             return self._left
         try:
-            if not self.flush(min(timeout, _PATIENCE)):
+            if not self.flush(min(timeout, _PATIENCE)) and timeout > _PATIENCE:
                 self._say(f"{self._name}: {len(self._backlog)} operations are under way; {timeout:.0f} s at most.")
                 self.flush(timeout - _PATIENCE)
         finally:

@@ -98,7 +98,7 @@ def _check_server(uri: str) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         healthy = error.code in (401, 403)  # it asks who we are: somebody is there
-        if error.code >= 500:
+        if error.code in (500, 502, 503, 504):  # it, or what stands before it, is in trouble
             raise AwayError(f"MLflow at {shown(uri)} cannot answer now (HTTP {error.code}); {remedy}.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)

@@ -81,17 +81,18 @@ class Tracker:
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that several drivers write).
+        (None: none is, for a study that several drivers write). ``tags``: also in place of our own git revision.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
         self._study, self._identity = name, identity or name
-        ours = {"bench.kind": "study", "bench.identity": self._identity, "bench.git_revision": git_revision()}
+        revision = {"bench.git_revision": git_revision(), **(tags or {})}
+        ours = {"bench.kind": "study", "bench.identity": self._identity}
         self._put(
             "begin",
             params=_texts(config),
-            tags=self._tags({**(tags or {}), **ours}),
+            tags=self._tags({**revision, **ours}),
             live=None if live is None else sorted(live),
         )
 
