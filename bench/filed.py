@@ -47,7 +47,7 @@ def _first(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Filed:
-    """A study. ``dataset``: name and digest, if all runs have one. ``metrics``, ``curves``: its own numbers, by MLflow's names.
+    """A study. ``dataset``: name and digest, if all have one. ``metrics``, ``curves``: as MLflow names them.
 
     ``complete``: nothing is left to run. ``rows``: of a search, those of its controls too.
     """
@@ -86,10 +86,15 @@ def read_filed(found: Found) -> Filed:
         raise UserError(f"{found.folder} is damaged ({type(error).__name__}: {error}); restore its files.") from error
 
 
+def trainings_of(results: Path) -> Path:
+    """Where the rows of single runs are."""
+    return results / TRAININGS / "rows.jsonl"
+
+
 def read_trainings(results: Path) -> Filed:
     """The single runs of `bench train`: a study in MLflow, of which nothing but their rows is kept."""
-    path = results / TRAININGS / "rows.jsonl"
-    return Filed(name=TRAININGS, identity=TRAININGS, config={}, tags={}, dataset=None, rows=_rows(path), files=())
+    rows = _rows(trainings_of(results))
+    return Filed(name=TRAININGS, identity=TRAININGS, config={}, tags={}, dataset=None, rows=rows, files=())
 
 
 def _files(folder: Path, book: str) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from bench.config import UserError
 from bench.delivery import Operation, UnreachableError
-from bench.filed import Filed, read_filed, read_trainings
+from bench.filed import Filed, read_filed, read_trainings, trainings_of
 from bench.journal import BusyError, claimed
 from bench.mlflow_store import RUN_STATUS, Seen, Store
 from bench.reading import Found, find
@@ -105,7 +105,7 @@ def sync(results: Path, tracking_uri: str | None, *, say: Say) -> Report:
         if left.key != own and left.operations:
             named = EMBEDDED if left.key == key(embedded(results)[0], results) else left.store
             elsewhere[named or f"a store that {left.path} does not name"] += left.operations
-    if not studies and not any(left.key == own for left in lying):
+    if not (studies or trainings_of(results).exists() or any(left.key == own for left in lying)):
         return Report(store=shown(uri), elsewhere=elsewhere)
     check_uri(uri)
     return replace(_Sync(results, uri, artifacts, lying, say).run(studies), elsewhere=elsewhere)
@@ -134,7 +134,7 @@ class _Sync:
             self._drain()
             for found in studies:
                 done.append(self._study(found))
-            if TRAININGS in self._named or (self._results / TRAININGS / "rows.jsonl").exists():
+            if TRAININGS in self._named or trainings_of(self._results).exists():
                 done.append(self._trainings())
         except UnreachableError as error:
             away = str(error)
