@@ -318,6 +318,46 @@ def test_without_a_place_to_keep_it_all_is_delivered_from_memory(said: list[str]
     assert store.taken == [0, 1, 2, 3]
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from bench.delivery import Delivery, UnreachableError
+from bench.spool import Spool, survey
+
+folder, size = Path(sys.argv[1]), 4096
+def deliver(operation):
+    raise UnreachableError("refused")
+
+queue = Delivery(deliver, spool=Spool(folder, "key", "http://host"), name="the store", say=print)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+for n in range(100):
+    queue.put({"n": n, "text": "x" * 100})
+(file,) = folder.iterdir()
+assert size - 150 < file.stat().st_size <= size and file.read_bytes().endswith(b"}\\n"), "whole lines"
+if sys.argv[2] == "room":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(queue.close(0))
+"""
+
+
+@pytest.mark.parametrize("again", ["room", "none"])
+def test_a_disk_that_is_full_cuts_no_line_and_ends_nothing(open_delivery: Open, tmp_path: Path, again: str) -> None:
+    """A file that may not grow: the last write is short, and the next ones are refused."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), again]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "100"
+    assert sum("in memory alone until there is room" in line for line in lines) == 1
+    (left,) = survey(tmp_path)
+    lost = 100 - left.operations
+    assert (lost == 0) is (again == "room")
+    assert [line for line in lines if line.startswith(f"{lost} operations for the store could not be kept")] or not lost
+    store = Fake()
+    assert open_delivery(store).flush(10)
+    assert store.taken == list(range(left.operations))
+
+
 def test_what_nothing_keeps_is_counted_at_the_end_and_no_error(said: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = Fake()
