@@ -46,10 +46,11 @@ IDENTITY = "0123456789abcdef"
 def book(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Book:
     """A results folder of this test's own, on a store that was made once."""
     whole = made(tmp_path_factory.getbasetemp() / "made")
-    if not Path(whole.uri.removeprefix("sqlite:///")).exists():
+    if not whole.results.exists():
         whole.results.mkdir()
         with whole.open() as tracker:
             tracker.study("another", config={})
+            delivered(tracker)
     results = tmp_path / "results"
     results.mkdir()
     shutil.copy(whole.results / "mlflow.db", results / "mlflow.db")
@@ -135,20 +136,21 @@ def test_after_a_killed_driver_all_is_there_and_nothing_runs(
 def test_from_the_rows_alone_mlflow_has_what_the_driver_would_have_told_it(
     book: Book, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin(book.results, "a", "b")
+    other = Book(book.results.parent / "other")  # nobody has told this one anything
+    shutil.copytree(book.results, other.results)
+    for results in (book.results, other.results):
+        begin(results, "a", "b")
     with book.open() as tracker:
         tell(tracker)
         run_whole(tracker, "a", finished(2))
         run_whole(tracker, "b", finished(2))
         delivered(tracker)
-    sync(book.results, capsys)  # its numbers and files
-    told = book.snapshot(NAME)
-    (book.results / "mlflow.db").unlink()
-    status, found = sync(book.results, capsys)
+    assert sync(book.results, capsys)[0] == 0  # its numbers and files
+    status, found = sync(other.results, capsys)
     assert status == 0
     assert [(s["recorded"], s["ended"], s["agrees"]) for s in found["studies"]] == [(2, 0, True)]
-    assert timeless(book.snapshot(NAME)) == timeless(told)
-    assert book.files(book.parent(NAME)) == {"study.yaml", "rows.jsonl"}
+    assert timeless(other.snapshot(NAME)) == timeless(book.snapshot(NAME))
+    assert other.files(other.parent(NAME)) == book.files(book.parent(NAME)) == {"study.yaml", "rows.jsonl"}
 
 
 def timeless(snapshot: Any) -> Any:
