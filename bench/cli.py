@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import bench
 from bench.config import UserError, unknown
 from bench.disk import find_disk_error
-from bench.verbs import cluster, compare, matrix, report, robustness, search, train, transfer
+from bench.verbs import cluster, compare, matrix, report, robustness, search, sync, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_results, verb
 
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         robustness.add,
         report.add,
         compare.add,
+        sync.add,
         train.add_train,
         train.add_evaluate,
         _add_list,

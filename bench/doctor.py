@@ -14,19 +14,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from bench.config import Strict
+from bench.check import Check, Status
 from bench.provenance import usable_cores
-
-Status = Literal["ok", "warn", "fail"]
 
 #: Packages with a line of their own; the others are checked together.
 NAMED = ("torch", "ray", "optuna", "mlflow", "pandas")
@@ -43,18 +39,10 @@ ENOUGH_SHARED = 256 * 2**20
 ENOUGH_DISK, LITTLE_DISK = 5 * GIB, GIB // 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check(Strict):
-    """One finding. warn: it works, but worse than it could; fail: it will not work. ``remedy`` is empty if ok."""
-
-    name: str
-    status: Status
-    detail: str
-    remedy: str = ""
-
-
 def diagnose(results: Path) -> list[Check]:
     """Every check, with results to be written under ``results``. Takes a few seconds: torch is imported."""
+    from bench.leftovers import check_leftovers  # what reads rows takes a second to import
+
     return [
         check_python(sys.version_info[:3]),
         *check_packages(),
@@ -69,6 +57,7 @@ def diagnose(results: Path) -> list[Check]:
         check_gpu(),
         check_processes(Path("/proc")),
         check_folders(Path(tempfile.gettempdir())),
+        *check_leftovers(results),
     ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench import headlines
 from bench.campaign import CONTROLS, Ready, confirm_seeds, trial_config
 from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
@@ -123,7 +124,7 @@ def matrix(
             tracker.record(row["uid"], row["kind"], row)
         summary = {**known.summary(), "busy": programme.busy}
         return outcome, conclude(
-            tracker, folder, BOOK, summary, headline=headline(summary), page=matrix_page, end=outcome
+            tracker, folder, BOOK, summary, headline=headlines.matrix(summary), page=matrix_page, end=outcome
         )
 
 
@@ -269,19 +270,6 @@ def _comparable(subset: StudyConfig, whole: StudyConfig) -> bool:
     )
     fields = ("epochs", "seed", "confirm_seeds", "scheduler")
     return ours == theirs and all(getattr(subset, name) == getattr(whole, name) for name in fields)
-
-
-def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The matrix's own numbers, for its parent run in MLflow."""
-    found = {}
-    for arch, whole in summary["archs"].items():
-        for line in whole["table"]:
-            if line["test_acc"]:
-                found[f"{arch}/{line['name']}/test_acc"] = line["test_acc"]["mean"]
-        for effect in whole["effects"]:
-            if effect["test_acc"]:
-                found[f"{arch}/effect/{effect['primitive']}"] = effect["test_acc"]["mean"]
-    return found
 
 
 def beside(ready: Ready, variant: Variant) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import headlines
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.figures import robustness_figure
@@ -280,29 +281,14 @@ def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path, outcome:
     if outcome != "interrupted":  # then the user waits for the end
         write(robustness_page(summary), folder / PAGE)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    for name, curve in headlines.curves(summary).items():
+        tracker.curve(name, curve)
     for site in summary["sites"]:
-        for rule in site["rules"]:
-            levels = [{"level": 0.0, "acc": rule["clean"]}, *rule["curve"]]
-            curve = {point["level"]: point["acc"]["mean"] for point in levels if point["acc"]}
-            tracker.curve(f"{site['site']}/{rule['rule']}/test_acc", curve)
         if not site["levels"]:  # interrupted before the first: there is nothing to draw
             continue
         files.append(folder / f"{site['site'].replace(' ', '-')}.svg")
         heading, below = title(site["site"], summary), note(summary, site)
         robustness_figure(site, title=heading, note=below, unit=site["unit"], path=files[-1])
-    if summary["complete"]:  # the area under a part of a grid is another number
-        tracker.headline(headline(summary))
+    if numbers := headlines.robustness(summary):
+        tracker.headline(numbers)
     tracker.artifacts([file for file in files if file.exists()])
-
-
-def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The measurement's own numbers, for its parent run in MLflow."""
-    found = {}
-    for site in summary["sites"]:
-        for rule in site["rules"]:
-            # a relative area of some of the networks, or by a gradient that is none, is no headline
-            partial = rule["at_chance"] or site["true_site"]
-            for name in ("clean", "area", *(() if partial else ("relative_area",))):
-                if rule[name] is not None:
-                    found[f"{site['site']}/{rule['rule']}/{name}"] = rule[name]["mean"]
-    return found

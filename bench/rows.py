@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+#: The study under which `bench train` files single runs; they are no part of any search.
+TRAININGS = "train"
+
 #: The keys of a row, in their order in the file; in a table the nested ones become columns ``key.*``.
 FIELDS = (
     "uid",

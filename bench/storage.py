@@ -50,7 +50,7 @@ _CONNECT: dict[str, dict[str, Any]] = {
 BOOK, JOURNAL = "storage.yaml", "journal.log"
 
 
-class AwayError(LaterError):
+class StorageAwayError(LaterError):
     """The storage does not answer now; what it was asked to write, it may have written."""
 
 
@@ -64,19 +64,19 @@ class Line:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Around what asks the storage. `AwayError`, at once if it is too early to try again; UserError: given up."""
+        """Around what asks the storage. `StorageAwayError`, at once if it is too early to try; UserError: given up."""
         if self._failures and time.monotonic() < self._again:
-            raise AwayError(f"{self._name} does not answer")
+            raise StorageAwayError(f"{self._name} does not answer")
         try:
             yield
-        except AwayError as error:
+        except StorageAwayError as error:
             self._failed(error)
             raise
         if self._failures:
             self._failures = 0
             self._say(f"{self._name} answers again.")
 
-    def _failed(self, error: AwayError) -> None:
+    def _failed(self, error: StorageAwayError) -> None:
         now = time.monotonic()
         if not self._failures:
             self._since = now
@@ -163,8 +163,8 @@ def _attributes(storage: BaseStorage, name: str) -> dict[str, Any] | None:
 def reach(url: str) -> BaseStorage:
     """The storage at ``url``; one UserError for whatever keeps it from opening.
 
-    Once it is open, `AwayError` is all that is raised for a database that does not answer: Optuna's own retries would
-    else write a trial twice whose first writing succeeded without an answer.
+    Once it is open, `StorageAwayError` is all that is raised for a database that does not answer: Optuna's own retries
+    would else write a trial twice whose first writing succeeded without an answer.
     """
     check_storage(url)
     scheme = url.partition("://")[0].partition("+")[0]
@@ -205,7 +205,7 @@ def _at_start(url: str) -> Iterator[None]:
         yield
     except (ArgumentError, NoSuchModuleError):
         raise
-    except (AwayError, SQLAlchemyError, StorageInternalError) as error:
+    except (StorageAwayError, SQLAlchemyError, StorageInternalError) as error:
         raise UserError(
             f"the storage at {shown(url)} does not answer ({_brief(error)}); start it, or correct --storage."
         ) from error
@@ -222,7 +222,7 @@ def hang_up(storage: BaseStorage) -> None:
 def _away(context: Any) -> None:
     """SQLAlchemy's hook: what an error of the database is to be raised as."""
     if not context.is_pre_ping and (context.is_disconnect or _is_away(context.sqlalchemy_exception)):
-        raise AwayError(_brief(context.original_exception)) from context.original_exception
+        raise StorageAwayError(_brief(context.original_exception)) from context.original_exception
 
 
 def _is_away(error: BaseException | None) -> bool:

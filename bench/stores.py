@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.config import UserError
+from bench.config import UserError, digest
 
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
@@ -25,6 +25,10 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
 
 #: What an Optuna storage can be.
 _DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "sqlite")
+
+
+class AwayError(UserError):
+    """The address may be right, but nobody answers there now."""
 
 
 def embedded(results: Path) -> tuple[str, Path]:
@@ -40,8 +44,23 @@ def shown(uri: str) -> str:
     return re.sub(r"(?i)\b(password|passwd|pwd)=[^&]*", r"\1=***", without)
 
 
+def key(uri: str, results: Path) -> str:
+    """What names the store in file names: its address without the password; of a file in ``results``, its place there.
+
+    So a new password, or a results folder that was moved, is the same store.
+    """
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///")).resolve()
+        inside = path.is_relative_to(results.resolve())
+        return digest(path.relative_to(results.resolve()).as_posix() if inside else str(path))
+    return digest(shown(uri).rstrip("/"))
+
+
 def check_uri(uri: str) -> None:
-    """Refuse, within seconds, a tracking uri that cannot work: UserError, one line with the remedy."""
+    """Refuse, within seconds, a tracking uri that cannot work: UserError, one line with the remedy.
+
+    `AwayError`, if it may work later.
+    """
     scheme = uri.partition("://")[0].partition("+")[0]
     if "://" not in uri or scheme not in _SCHEMES:
         raise UserError(
@@ -97,9 +116,11 @@ def _check_server(uri: str) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         healthy = error.code in (401, 403)  # it asks who we are: somebody is there
+        if error.code in (500, 502, 503, 504):  # it, or what stands before it, is in trouble
+            raise AwayError(f"MLflow at {shown(uri)} cannot answer now (HTTP {error.code}); {remedy}.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise UserError(f"no MLflow server answers at {shown(uri)} ({reason}); {remedy}.") from error
+        raise AwayError(f"no MLflow server answers at {shown(uri)} ({reason}); {remedy}.") from error
     if not healthy:
         raise UserError(f"what answers at {shown(uri)} is not an MLflow server; {remedy}.")
 
@@ -112,7 +133,7 @@ def _check_port(uri: str, option: str) -> None:
         port = place.port or _PORTS[place.scheme.partition("+")[0]]
         socket.create_connection((place.hostname, port), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise UserError(f"no database answers at {shown(uri)} ({error}); start it or correct {option}.") from error
+        raise AwayError(f"no database answers at {shown(uri)} ({error}); start it or correct {option}.") from error
 
 
 @contextlib.contextmanager

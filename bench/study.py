@@ -34,7 +34,7 @@ from bench.config import StudyConfig, TrialResult, UserError
 from bench.drivers import Alone, Drivers, Together, patiently
 from bench.front import spread
 from bench.proposals import Conditions, Distributions, budget, check_warm, is_diverged, propose
-from bench.storage import AwayError, Line, hang_up, kept
+from bench.storage import Line, StorageAwayError, hang_up, kept
 from bench.stores import shown
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -251,7 +251,7 @@ class Study:
             with self._line.trying():
                 self._pay()
                 return writing()
-        except AwayError:
+        except StorageAwayError:
             self._owed.append(again or writing)
             return None
         finally:
@@ -366,7 +366,7 @@ class Study:
         try:
             with self._line.trying():
                 return self._read()
-        except AwayError:
+        except StorageAwayError:
             return self._known
 
     def _uid(self, number: int) -> str:

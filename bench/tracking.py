@@ -15,12 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
-from bench.delivery import Delivery, Spool
+from bench.config import Kind, TrialConfig, TrialResult, UserError
+from bench.delivery import Delivery, Operation
 from bench.mlflow_store import Store
 from bench.provenance import git_revision
 from bench.rows import flatten, result_of
-from bench.stores import check_uri, shown
+from bench.spool import Spool
+from bench.stores import check_uri, key, shown
 
 #: The longest value of a parameter or tag that older servers take too, in characters.
 _LONGEST = 5000
@@ -46,8 +47,7 @@ class Tracker:
         self._study = self._identity = ""
         self._dataset: dict[str, str] | None = None
         self._open: set[str] = set()
-        self._shared = False
-        self._closed = False
+        self._shared = self._over = False
 
     @classmethod
     def open(
@@ -62,13 +62,12 @@ class Tracker:
         """A tracker that writes to the MLflow at ``uri`` (`bench.stores.embedded` gives the default one).
 
         ``artifacts``: where a new experiment keeps files; None: where the server says. ``spool``: the folder
-        that keeps what could not be delivered. ``say``: receives lines for the user, also from the thread.
+        in the results that keeps what is not delivered. ``say``: receives lines for the user, also from the thread.
         Errors: UserError for an address that cannot work. The store itself opens in the background.
         """
         check_uri(uri)
         store = Store(uri, artifacts, experiment, spool / "begin.lock")
-        delivery = Delivery(store.deliver, spool=Spool(spool, digest(uri)), name=f"MLflow at {shown(uri)}", say=say)
-        return cls(store, delivery, uri, say)
+        return cls(store, deliver_to(store.deliver, uri, spool, say), uri, say)
 
     def study(
         self,
@@ -84,17 +83,19 @@ class Tracker:
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come.
+        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come. ``tags``: also in
+        place of our own git revision.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
         self._study, self._identity, self._shared = name, identity or name, shared
-        ours = {"bench.kind": "study", "bench.identity": self._identity, "bench.git_revision": git_revision()}
+        revision = {"bench.git_revision": git_revision(), **(tags or {})}
+        ours = {"bench.kind": "study", "bench.identity": self._identity}
         self._put(
             "begin",
             params=_texts(config),
-            tags=self._tags({**(tags or {}), **ours}),
+            tags=self._tags({**revision, **ours}),
             live=None if live is None else sorted(live),
         )
 
@@ -152,7 +153,7 @@ class Tracker:
         """The study's own numbers, on the parent run; those that are not finite become a tag."""
         kept, dropped = _finite(metrics)
         tags = {"bench.not_finite": ", ".join(dropped)} if dropped else {}
-        self._put("headline", metrics={_name(name): value for name, value in kept.items()}, tags=tags)
+        self._put("headline", metrics={metric_name(name): value for name, value in kept.items()}, tags=tags)
 
     def curve(self, name: str, points: Mapping[float, float]) -> None:
         """A curve of the study: the metric ``name`` on the parent run, at step = level · 10⁶ (MLflow's are whole).
@@ -160,7 +161,7 @@ class Tracker:
         A value that is there already is not logged again. In names, what MLflow forbids becomes "-".
         """
         kept, _ = _finite({str(round(level * STEPS_PER_LEVEL)): value for level, value in points.items()})
-        self._put("curve", metric=_name(name), points=kept)
+        self._put("curve", metric=metric_name(name), points=kept)
 
     def artifacts(self, paths: Iterable[Path]) -> None:
         """Files and folders for the parent run; they are read when they are delivered."""
@@ -174,16 +175,20 @@ class Tracker:
         return self._delivery.flush(timeout)
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout: float = 30.0) -> int:
-        """End the parent run with this status; how many operations were spooled, not delivered in time.
+        """`end`, and deliver what is left for up to ``timeout`` seconds; how many operations stay in the spool."""
+        self.end(status)
+        return self._delivery.close(timeout)
 
-        Runs that are still open are ended as interrupted. None: the parent run goes on, with other drivers.
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None) -> None:
+        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored.
+
+        None: the parent run goes on, with other drivers.
         """
-        if not self._closed:
-            self._closed = True
+        if not self._over:
+            self._over = True
             self.interrupt()
             if self._study and status is not None:
                 self._put("end", status=status)
-        return self._delivery.close(timeout)
 
     def link(self) -> dict[str, str | None]:
         """Where this study is in MLflow; ids are None until the store has been reached."""
@@ -252,18 +257,26 @@ class Tracker:
         return {"outcome": result.status, "metrics": kept, "history": history, "tags": self._tags(tags)}
 
 
+def deliver_to(deliver: Callable[[Operation], None], uri: str, spool: Path, say: Callable[[str], None]) -> Delivery:
+    """The queue to the MLflow at this address, with what is kept for it in this folder of the results."""
+    kept = Spool(spool, key(uri, spool.parent), shown(uri))
+    return Delivery(deliver, spool=kept, name=f"MLflow at {shown(uri)}", say=say)
+
+
 def _finite(metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
     """The finite ones, and the names of the others: MLflow keeps NaN badly, and its charts fail on it."""
     kept = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
     return kept, [name for name in metrics if name not in kept]
 
 
-def _name(text: str) -> str:
+def metric_name(text: str) -> str:
     """As MLflow takes it: amp+null is amp-null there."""
     return _NOT_IN_A_NAME.sub("-", text)
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Nested values as MLflow's flat text: ``coefficients.decay`` = 0.001; cut where it is too long."""
-    flat = {_name(name): value if isinstance(value, str) else json.dumps(value) for name, value in flatten(values)}
+    flat = {
+        metric_name(name): value if isinstance(value, str) else json.dumps(value) for name, value in flatten(values)
+    }
     return {name: text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…" for name, text in flat.items()}

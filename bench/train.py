@@ -9,14 +9,11 @@ from typing import Any, Literal
 
 from bench.checkpoint import load_weights, read_checkpoint
 from bench.config import TrialConfig, digest
-from bench.rows import RowFile, row
+from bench.rows import TRAININGS, RowFile, row
 from bench.stores import embedded
 from bench.tracking import Tracker
 from bench.training import pick_device, prepare
 from bench.trial import alignment, resume, run_trial, score
-
-#: The study under which single runs are filed; they are no part of any search.
-STUDY = "train"
 
 
 def train(
@@ -37,9 +34,9 @@ def train(
     dataset = trial.data.name, trial.data.digest
     del trial
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
-    uid = f"{STUDY}-{digest([config.to_dict(), time.time_ns()])}"
+    uid = f"{TRAININGS}-{digest([config.to_dict(), time.time_ns()])}"
     with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
-        tracker.study(STUDY, config={}, tags={}, live=None)  # other trainings may be under way
+        tracker.study(TRAININGS, config={}, tags={}, live=None)  # other trainings may be under way
         tracker.dataset(*dataset)
         tracker.start(uid, "train", config, {"bench.rule": config.rule})
 
@@ -59,8 +56,8 @@ def train(
             checkpoint=None if checkpoint is None else str(checkpoint),
             read_test=read_test,
         )
-        filed = row(uid, STUDY, "train", result)
-        RowFile(results / STUDY / "rows.jsonl", say=say).append(filed)
+        filed = row(uid, TRAININGS, "train", result)
+        RowFile(results / TRAININGS / "rows.jsonl", say=say).append(filed)
         tracker.finish(uid, result)
         if result.reason:
             say(f"{result.status}: {result.reason}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench import headlines
 from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.config import Strict, TrialConfig, check_range, digest
 from bench.director import WAIT, Task, Wait
@@ -303,20 +304,5 @@ def transfer(
             over = len(ended) == len(prepared.searches)
             summary = {**source.summary(over=over), "busy": programme.busy}
         return outcome, conclude(
-            tracker, folder, BOOK, summary, headline=headline(summary), page=transfer_page, end=outcome
+            tracker, folder, BOOK, summary, headline=headlines.transfer(summary), page=transfer_page, end=outcome
         )
-
-
-def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The transfer's own numbers, for its parent run in MLflow."""
-    found = {}
-    for pair in summary["pairs"]:
-        where = f"{pair['rule']} {pair['scaling']}/{pair['source']} to {pair['target']}"
-        for metric, regret in pair["regret"].items():
-            if regret:
-                found[f"{where}/regret_{metric}"] = regret["mean"]
-        if pair["rank"]["rho"] is not None:
-            found[f"{where}/rank_correlation"] = pair["rank"]["rho"]
-        if pair["lost"]["of"]:
-            found[f"{where}/lost_share"] = pair["lost"]["share"]
-    return found

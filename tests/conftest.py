@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 from hypothesis import settings
 
@@ -11,6 +12,11 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# What the tests import, the programs that they start import too.
+_HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE.parent), str(_HERE), os.environ.get("PYTHONPATH", "")]).rstrip(
+    ":"
+)
 
 # A busy machine is slow, not wrong; and what CI finds must be found again.
 settings.register_profile("bench", deadline=None, max_examples=50, derandomize=True)

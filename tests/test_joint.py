@@ -237,7 +237,9 @@ def test_a_record_that_was_put_back_is_not_mixed_with_later_rows(driver: Driver,
     filed = row(task.uid, "s", "search", TrialResult(config=other, status="finished", metrics={"val_acc": 0.6}))
     RowFile(tmp_path / "s" / "rows.jsonl").append(filed)
     a.die()
-    with pytest.raises(UserError, match="the row s-0000 is of other coefficients than the study.s; restore the journal"):
+    with pytest.raises(
+        UserError, match=r"the row s-0000 is of other coefficients than the study.s; restore the journal"
+    ):
         driver().next()
 
 

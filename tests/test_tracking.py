@@ -61,6 +61,7 @@ def test_a_study_is_a_parent_with_one_level_of_children(book: Book, name: str, t
     assert child.data.params["nesterov"] == "true"
     tags = {k.removeprefix("bench."): v for k, v in child.data.tags.items() if k.startswith("bench.")}
     tags.pop("git_revision", None)  # there is none outside a checkout
+    assert int(tags.pop("begun")) == child.info.start_time
     assert tags == {
         "study": name,
         "uid": f"{name}-0000",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ from typing import Any
 import pytest
 
 from bench import delivery
-from bench.config import UserError
 from bench.mlflow_store import Store
 from bench.rows import row
-from bench.stores import check_uri
 from bench.tracking import Tracker
-from mlflow_book import CONFIG, Book, delivered, epochs, finished, free_port, made, run_whole, study_name
+from mlflow_book import CONFIG, Book, delivered, epochs, finished, made, run_whole, study_name
+from mlflow_server import Server
 
 pytestmark = [
     pytest.mark.slow,
@@ -120,46 +117,6 @@ def test_every_operation_may_come_twice(book: Book, name: str, tmp_path: Path, m
     for operation in operations:
         once(Store(book.uri, book.artifacts, "bench"), operation)
     assert book.snapshot(name) == before
-
-
-class Server:
-    """A real MLflow server on one port, that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._store = f"sqlite:///{folder}/mlflow.db"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
-        extra = {"MLFLOW_BACKEND_STORE_URI": self._store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--artifacts-destination", str(self._folder / "artifacts")],
-                env={**os.environ, **extra},
-                cwd=self._folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def ready(self) -> None:
-        for _ in range(600):
-            try:
-                check_uri(self.uri)
-            except UserError:
-                time.sleep(0.1)
-            else:
-                return
-        pytest.fail((self._folder / "log").read_text())
 
 
 @pytest.fixture

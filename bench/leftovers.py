@@ -1,0 +1,121 @@
+"""What killed and interrupted runs left in a results folder: the checks of it behind ``bench doctor``. Reads only."""
+
+from __future__ import annotations
+
+import fcntl
+from collections import Counter
+from pathlib import Path
+
+from bench.check import Check
+from bench.config import UserError
+from bench.filed import Filed, read_filed
+from bench.reading import Found, find
+from bench.spool import REJECTED, survey
+from bench.stores import embedded, key
+
+#: So many names stand in one finding.
+_NAMED = 5
+
+
+def check_leftovers(results: Path) -> list[Check]:
+    """What is not delivered to MLflow, what it refused, which studies are unfinished, and which files are torn."""
+    try:
+        studies = find(results)
+    except UserError as error:
+        return [Check(name="studies", status="fail", detail=str(error), remedy="permit it, or name another --results")]
+    return [check_spool(results), check_rejected(results), check_studies(studies), check_torn(studies)]
+
+
+def check_spool(results: Path) -> Check:
+    """Operations that MLflow has not taken, of runs that are over; a living run still delivers its own."""
+    left = [one for one in survey(results / "spool") if one.operations and not one.held]
+    if not left:
+        return Check(name="spool", status="ok", detail="MLflow has taken everything that earlier runs told it")
+    own = key(embedded(results)[0], results)
+    stores, remedies = Counter[str](), set()
+    for one in left:
+        where = "the embedded store" if one.key == own else one.store or "an unnamed store"
+        stores[where] += one.operations
+        remedies.add("bench sync" if one.key == own else f"bench sync --tracking-uri {one.store or 'URI'}")
+    detail = ", ".join(f"{count} operations for {store}" for store, count in sorted(stores.items()))
+    return Check(name="spool", status="warn", detail=detail, remedy="; ".join(sorted(remedies)))
+
+
+def check_rejected(results: Path) -> Check:
+    """What MLflow refused for good."""
+    path = results / "spool" / REJECTED
+    try:
+        with path.open("rb") as file:
+            count = sum(1 for _ in file)
+    except (FileNotFoundError, NotADirectoryError):
+        return Check(name="refused", status="ok", detail="MLflow has refused nothing")
+    except OSError as error:
+        detail = f"unchecked: {path}: {error.strerror}"
+        return Check(name="refused", status="warn", detail=detail, remedy=f"permit {path}")
+    remedy = f"read why in {path}; bench sync records what the rows have; then remove that file"
+    return Check(name="refused", status="warn", detail=f"MLflow refused {count} operations", remedy=remedy)
+
+
+def check_studies(studies: list[Found]) -> Check:
+    """Studies that are not complete and that no driver is at work on, and damaged ones."""
+    unfinished, damaged = [], []
+    for found in studies:
+        if _is_claimed(found.folder):
+            continue
+        try:
+            filed = read_filed(found)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if not filed.complete:
+            unfinished.append(f"{filed.name} ({_progress(filed)})")
+    if damaged:
+        return Check(name="studies", status="warn", detail=_some(damaged), remedy="as it says")
+    if unfinished:
+        detail = f"unfinished, and without a driver: {_some(unfinished)}"
+        remedy = "the same command goes on; bench sync ends what they left open in MLflow"
+        return Check(name="studies", status="warn", detail=detail, remedy=remedy)
+    count = f"{len(studies)} studies, each finished or under way" if studies else "none yet"
+    return Check(name="studies", status="ok", detail=count)
+
+
+def _progress(filed: Filed) -> str:
+    trials = sum(row["kind"] == "search" for row in filed.rows)
+    budget = filed.config.get("trials")
+    return f"{trials} of {budget} trials" if budget else f"{len(filed.rows)} runs"
+
+
+def _some(words: list[str]) -> str:
+    return ", ".join(words[:_NAMED]) + (f" and {len(words) - _NAMED} more" if len(words) > _NAMED else "")
+
+
+def check_torn(studies: list[Found]) -> Check:
+    """Rows and journals whose last line was not written to its end, of studies that nobody writes to now."""
+    files = [found.folder / name for found in studies for name in ("rows.jsonl", "journal.log")]
+    torn = [str(path) for path in files if not _is_claimed(path.parent) and _is_torn(path)]
+    if torn:
+        remedy = "nothing need be done: the study's next start cuts that line off, and says so"
+        return Check(name="torn files", status="warn", detail=f"last line torn: {_some(torn)}", remedy=remedy)
+    return Check(name="torn files", status="ok", detail="no rows or journal with a torn last line")
+
+
+def _is_torn(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 1))
+            return size > 0 and file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+
+
+def _is_claimed(folder: Path) -> bool:
+    """Whether a living process has the study."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (FileNotFoundError, PermissionError):  # nobody ever had it; another user's, who alone can go on with it
+        return False
+    return False
