@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.checkpoint import location
 from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig, TrialResult
 from bench.director import WAIT, Task, Wait
@@ -138,7 +139,7 @@ class Campaign(Runs):
         return any(uid is not None and uid not in self._running and self.elsewhere(uid) for uid in following)
 
     def _task(self, uid: str, plan: Planned) -> Task:
-        return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))
+        return super()._task(uid, plan.with_options(checkpoint=location(self._checkpoint(uid))))
 
     def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         super().reported(uid, epoch, metrics)

@@ -1,8 +1,15 @@
-"""Saving the state of a run, and going on from it. Nothing that is read is executed."""
+"""Saving the state of a run, and going on from it. Nothing that is read is executed.
+
+A checkpoint is a file on this machine or on an object store (`bench.objects`). A store that is away for a while costs
+no run its training: what cannot be saved or found there now is said on stderr, and the run goes on without.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +18,28 @@ import torch
 from torch import nn
 
 from bench.config import TrialConfig, UserError
+from bench.objects import AwayError, ObjectFile, discard, is_uri, within
 
 _KEYS = {"config", "epoch", "history", "model", "optimizer"}
 
+#: Where a checkpoint is: a file here, or on an object store.
+File = Path | ObjectFile
+
+
+def checkpoint_file(text: str, index: int = 0) -> File:
+    """The file that is meant: a path, or a URI; of further networks FILE.1, FILE.2, ..."""
+    if is_uri(text):
+        return ObjectFile(text).numbered(index) if index else ObjectFile(text)
+    return Path(f"{text}.{index}" if index else text)
+
+
+def location(path: File) -> str:
+    """As `checkpoint_file` takes it, in whatever folder."""
+    return path.uri if isinstance(path, ObjectFile) else str(path.absolute())
+
 
 def write_checkpoint(
-    path: Path,
+    path: File,
     *,
     config: TrialConfig,
     epoch: int,
@@ -32,6 +55,9 @@ def write_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    if isinstance(path, ObjectFile):
+        _upload(state, path)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         torch.save(state, temporary)
@@ -40,8 +66,37 @@ def write_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
+def _upload(state: Mapping[str, Any], file: ObjectFile) -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
+        whole = Path(folder) / "checkpoint.pt"
+        torch.save(state, whole)
+        try:
+            file.store.upload(file.name, whole)
+        except AwayError as error:
+            _say(f"epoch {state['epoch']} of this run is not saved: {error}")
+
+
+def _say(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
+    """What an earlier start of this run saved here, as `read_checkpoint`; None if there is nothing to go on from.
+
+    UserError now, not after an epoch, if this is no place for a checkpoint.
+    """
+    if not isinstance(path, ObjectFile):
+        prepare_checkpoint(path)
+        return read_checkpoint(path, device) if path.exists() else None
+    try:
+        return read_checkpoint(path, device) if within(path.uri, path.exists) else None
+    except AwayError as error:
+        _say(f"what was saved of this run cannot be read, so it begins anew: {error}")
+        return None
+
+
 def prepare_checkpoint(path: Path) -> None:
-    """Make its folder, and sweep what a killed writer left; UserError now, not after an epoch, if it is no place."""
+    """Make its folder, and sweep what a killed writer left; UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f"{path.name}.*.new"):
@@ -52,10 +107,23 @@ def prepare_checkpoint(path: Path) -> None:
         raise UserError(f"checkpoint {path}: {error.strerror}; name a file in a folder that can be written.") from error
 
 
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: File, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors, numbers and strings; UserError for a file that is none, or is damaged."""
+    if isinstance(path, ObjectFile):
+        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
+            whole = Path(folder) / path.name
+            try:
+                path.store.download(path.name, whole)
+            except FileNotFoundError as error:
+                raise UserError(f"there is no checkpoint {path}.") from error
+            return _loaded(whole, path, device)
+    return _loaded(path, path, device)
+
+
+def _loaded(whole: Path, path: File, device: torch.device | str) -> dict[str, Any]:
+    """``path``: what the user calls it."""
     try:
-        state: Any = torch.load(path, map_location=device, weights_only=True)
+        state: Any = torch.load(whole, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}.") from error
     except Exception as error:  # torch.load raises anything on a damaged file
@@ -65,7 +133,16 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return dict(state)
 
 
-def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Any]) -> None:
+def remove_checkpoint(path: File) -> None:
+    """Remove it, and those of further networks: on a store not at once, since nobody should wait for that here."""
+    if isinstance(path, ObjectFile):
+        discard(path)
+        return
+    for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+        file.unlink(missing_ok=True)
+
+
+def load_weights(path: File, model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Put a checkpoint's weights into a network; UserError if they are another network's."""
     try:
         model.load_state_dict(weights)

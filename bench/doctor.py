@@ -23,7 +23,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from bench.config import Strict
+from bench.config import Strict, UserError
+from bench.mirror import copy_of
+from bench.objects import Store, within
 from bench.provenance import usable_cores
 
 Status = Literal["ok", "warn", "fail"]
@@ -53,8 +55,12 @@ class Check(Strict):
     remedy: str = ""
 
 
-def diagnose(results: Path) -> list[Check]:
-    """Every check, with results to be written under ``results``. Takes a few seconds: torch is imported."""
+def diagnose(results: Path | str) -> list[Check]:
+    """Every check, with results to be written under ``results`` (a URI: there, and in a working copy here).
+
+    Takes a few seconds: torch is imported.
+    """
+    here = results if isinstance(results, Path) else copy_of(results)
     return [
         check_python(sys.version_info[:3]),
         *check_packages(),
@@ -62,8 +68,8 @@ def diagnose(results: Path) -> list[Check]:
         check_cores(Path("/")),
         check_memory(Path("/")),
         check_shared_memory(Path("/dev/shm")),
-        check_results(results),
-        check_disk("disk for results", results),
+        check_results(results) if isinstance(results, Path) else check_store(results),
+        check_disk("disk for results", here),
         check_disk("disk for temporary files", Path(tempfile.gettempdir())),
         check_loopback("127.0.0.1"),
         check_gpu(),
@@ -254,6 +260,23 @@ def check_results(results: Path) -> Check:
     except OSError as error:
         detail = f"{folder}: {error.strerror}"
         return Check(name="results", status="fail", detail=detail, remedy="name a writable folder with --results")
+
+
+def check_store(uri: str) -> Check:
+    """Whether objects can be listed, written and removed there."""
+    store = Store(uri)
+
+    def write() -> None:
+        store.put(probe := f".doctor-{os.getpid()}", b"")
+        store.remove(probe)
+
+    try:
+        store.check()
+        within(uri, write)
+    except UserError as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        return Check(name="results", status="fail", detail=detail, remedy=remedy.rstrip("."))
+    return Check(name="results", status="ok", detail=f"{uri} is writable; its working copy here is {copy_of(uri)}")
 
 
 def check_disk(name: str, path: Path) -> Check:

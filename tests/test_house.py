@@ -37,6 +37,10 @@ FLOORS = {
     "learning.ops": 0,
     "front": 0,
     "looks": 0,
+    "objects": 0,
+    "lease": 1,
+    "copies": 1,
+    "mirror": 2,
     "optuna_ui": 0,
     "cells": 0,
     "learning.primitives": 1,
@@ -124,6 +128,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "sklearn": ("datasets",),
     "packaging": ("doctor",),
     "psutil": ("processes",),
+    "pyarrow": ("objects",),
 }
 #: Comes inside another package.
 VENDORED = {"psutil": "ray"}
@@ -152,6 +157,7 @@ HEAVY = (
     "art",
     "plotly",
     "jinja2",
+    "pyarrow",
 )
 
 
@@ -250,7 +256,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 
 def test_a_trial_needs_torch_and_no_orchestra() -> None:
-    absent = ("ray", "optuna", "mlflow", "pandas", "rich", "scipy", "art", "matplotlib")
+    absent = ("ray", "optuna", "mlflow", "pandas", "rich", "scipy", "art", "matplotlib", "pyarrow")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.trial; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("True", "")
