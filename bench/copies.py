@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from bench.config import UserError
+from bench.lease import TakenError
 from bench.objects import Store, Version
 
 #: The folder, beside the studies, that the mirror itself needs.
@@ -83,6 +84,11 @@ class Index:
         """Whether the store has what it had; a store that tells no times must be looked at."""
         return version[1] is not None and self._known.get(name, {}).get("there") == list(version)
 
+    def may_be_there(self, name: str, version: Version) -> bool:
+        """`is_there`, but by size alone where the store tells no times."""
+        size, written = self._known.get(name, {}).get("there") or (None, None)
+        return size == version[0] and written == version[1]
+
     def is_here(self, name: str, path: Path) -> bool:
         """Whether our file is what it was."""
         now = signature(path)
@@ -118,7 +124,7 @@ def bring(store: Store, folder: Path, index: Index, *, pages: bool, say: Callabl
     """
     there = {n: v for n, v in store.listing().items() if belongs(n) and (pages or not n.endswith(_PAGES))}
     _check_none_is_gone(store, folder, index, there)
-    unknown = [n for n, v in there.items() if not (index.is_there(n, v) and (folder / n).exists())]
+    unknown = [n for n, v in there.items() if not _is_settled(n, v, folder / n, index)]
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         found = dict(zip(unknown, pool.map(store.read, unknown), strict=True))
     for study in dict.fromkeys(name.partition("/")[0] for name in unknown):
@@ -131,6 +137,11 @@ def bring(store: Store, folder: Path, index: Index, *, pages: bool, say: Callabl
         for name in own.keys() - wanted.keys():  # as it is there we know it; ours is to be uploaded, if it differs
             index.note(name, there[name], [] if own[name] != (folder / name).read_bytes() else signature(folder / name))
     index.save()
+
+
+def _is_settled(name: str, version: Version, path: Path, index: Index) -> bool:
+    """Whether there is nothing to compare: the store has what it had, and we what goes on from that."""
+    return index.is_there(name, version) and (index.is_here(name, path) if grows(name) else path.exists())
 
 
 def _check_none_is_gone(store: Store, folder: Path, index: Index, there: Mapping[str, Version]) -> None:
@@ -236,7 +247,8 @@ def _rank(name: str) -> tuple[int, str]:
 def send(store: Store, folder: Path, index: Index, before_each: Callable[[], None]) -> int:
     """Upload what changed, one file after the other; how many that were. ``before_each`` may raise to end it.
 
-    UserError where the store refuses a file; what is before it is uploaded then.
+    UserError where the store refuses a file; what is before it is uploaded then. `TakenError` rather than losing rows
+    that another machine wrote.
     """
     names = changed(folder, index)
     journals = {name: _taken(folder / name) for name in names if _rank(name)[0] == 2}  # before any rows are read
@@ -245,6 +257,8 @@ def send(store: Store, folder: Path, index: Index, before_each: Callable[[], Non
             before_each()
             here, data = journals.get(name) or _taken(folder / name)
             if data is not None:
+                if grows(name):
+                    _check_goes_on(store, name, data, index)
                 store.put(name, data)
                 index.note(name, store.version(name), here)
         for name in _done_with(folder, index):
@@ -254,6 +268,14 @@ def send(store: Store, folder: Path, index: Index, before_each: Callable[[], Non
         if names:
             index.save()
     return len(names)
+
+
+def _check_goes_on(store: Store, name: str, data: bytes, index: Index) -> None:
+    """`TakenError` if what is there is not what we know of, and not what ours goes on from: it would be lost."""
+    version = store.version(name)
+    if version is None or index.may_be_there(name, version) or data.startswith(whole_lines(store.read(name))):
+        return
+    raise TakenError(f"{store.uri}: another machine wrote {name} meanwhile; nothing more is uploaded from here.")
 
 
 def _taken(path: Path) -> tuple[list[int], bytes | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import secrets
+import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ PATIENCE = 15.0
 _WHOLE_OR_NOT_THERE = ("s3", "gcs")
 #: Stores without folders.
 _FLAT = ("s3", "gcs")
+
+_CHUNK = 8 * 2**20
 
 _SCHEMES = "s3://BUCKET/PATH, gs://…, abfs://…, hdfs://…, file:///PATH, or fsspec+PROTOCOL://…"
 #: What the words of the many clients mean, and whether a later try may end otherwise; the first that fits.
@@ -89,6 +92,7 @@ class Store:
         with self._translated():
             filesystem, root = _opened(self.uri)
             base = f"{root}/{under}".rstrip("/")
+            filesystem.get_file_info(base)  # fsspec takes a folder that it cannot ask for one that is not there
             found = filesystem.get_file_info(fs.FileSelector(base, recursive=deep, allow_not_found=True))
             start = len(root) + 1
             return {f.path[start:]: (f.size, f.mtime_ns) for f in found if f.type == fs.FileType.File}
@@ -104,7 +108,7 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """The whole of a file."""
-        with self._translated():
+        with self._translated(), self._confirmed(name):
             filesystem, root = _opened(self.uri)
             with filesystem.open_input_stream(f"{root}/{name}", compression=None) as file:
                 whole: bytes = file.read()
@@ -112,10 +116,10 @@ class Store:
 
     def download(self, name: str, path: Path) -> None:
         """Write a file's content to this path."""
-        with self._translated():
+        with self._translated(), self._confirmed(name):
             filesystem, root = _opened(self.uri)
-            with filesystem.open_input_stream(f"{root}/{name}", compression=None) as file:
-                file.download(str(path))
+            with filesystem.open_input_stream(f"{root}/{name}", compression=None) as file, path.open("wb") as here:
+                shutil.copyfileobj(file, here, _CHUNK)
 
     def put(self, name: str, data: Any) -> None:
         """Write a file, whole or not at all. ``data``: bytes, or what has a buffer."""
@@ -143,6 +147,16 @@ class Store:
         with suppress(FileNotFoundError), self._translated():
             filesystem, root = _opened(self.uri)
             filesystem.delete_file(f"{root}/{name}")
+
+    @contextmanager
+    def _confirmed(self, name: str) -> Iterator[None]:
+        """What is said not to be there is asked for once more: fsspec says so of what it cannot ask for, too."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if self.version(name) is not None:
+                raise AwayError(f"{self.uri}: {name} cannot be read now; try again.") from error
+            raise
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
