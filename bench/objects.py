@@ -43,7 +43,7 @@ _MEANINGS: tuple[tuple[str, str, bool], ...] = (
     (r"\binstall\b|no module named|libjvm|libhdfs", "install what it names, or use another store", False),
     (r"no_?such_?bucket|bucket does not exist|bucket .*not found", "make the bucket first, or correct its name", False),
     (
-        r"access_?denied|forbidden|credential|signature|invalid_?access_?key|unauthori[sz]ed|unauthenticated|"
+        r"access[_ ]?denied|forbidden|credential|signature|invalid_?access_?key|unauthori[sz]ed|unauthenticated|"
         r"permission|\b40[13]\b",
         "set the credentials of that store in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
         "AWS_PROFILE; GOOGLE_APPLICATION_CREDENTIALS), and permit them to read and write there",
@@ -235,7 +235,8 @@ def _opened(uri: str) -> tuple[Any, str]:
 
 def _translation(uri: str, error: Exception) -> UserError:
     said = " ".join(str(error).split()) or type(error).__name__
-    _, remedy, away = next(m for m in _MEANINGS if re.search(m[0], said, re.IGNORECASE))
+    words = f"{type(error).__name__} {said}"
+    _, remedy, away = next(m for m in _MEANINGS if re.search(m[0], words, re.IGNORECASE))
     short = said if len(said) <= 200 else f"{said[:200]}…"
     return (AwayError if away else UserError)(f"{uri}: {short.rstrip('.')}: {remedy}.")
 
