@@ -7,9 +7,8 @@ no run its training: what cannot be saved or found there now is said on stderr, 
 from __future__ import annotations
 
 import glob
+import io
 import os
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from bench.config import TrialConfig, UserError
 from bench.objects import AwayError, ObjectFile, discard, is_uri, within
+from bench.uploads import UPLOADS, tell
 
 _KEYS = {"config", "epoch", "history", "model", "optimizer"}
 
@@ -47,7 +47,10 @@ def write_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the whole state, at once or not at all: a process that is killed leaves the old file or the new one."""
+    """Write the whole state, at once or not at all: a process that is killed leaves the old file or the new one.
+
+    To a store it is on its way when this returns; see `settle_checkpoint`.
+    """
     state = {
         "config": config.to_dict(),
         "epoch": epoch,
@@ -56,7 +59,9 @@ def write_checkpoint(
         "optimizer": optimizer.state_dict(),
     }
     if isinstance(path, ObjectFile):
-        _upload(state, path)
+        whole = io.BytesIO()  # in memory: a killed worker leaves no temporary files
+        torch.save(state, whole)
+        UPLOADS.put(path, f"epoch {epoch} of this run", whole.getbuffer())
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
@@ -66,18 +71,10 @@ def write_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def _upload(state: Mapping[str, Any], file: ObjectFile) -> None:
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
-        whole = Path(folder) / "checkpoint.pt"
-        torch.save(state, whole)
-        try:
-            file.store.upload(file.name, whole)
-        except AwayError as error:
-            _say(f"epoch {state['epoch']} of this run is not saved: {error}")
-
-
-def _say(line: str) -> None:
-    print(f"bench: {line}", file=sys.stderr, flush=True)
+def settle_checkpoint(path: File) -> None:
+    """Wait, but not for ever, until what was last written there is there: a file on this machine is."""
+    if isinstance(path, ObjectFile):
+        UPLOADS.settle(path)
 
 
 def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
@@ -91,7 +88,7 @@ def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
     try:
         return read_checkpoint(path, device) if within(path.uri, path.exists) else None
     except AwayError as error:
-        _say(f"what was saved of this run cannot be read, so it begins anew: {error}")
+        tell(f"what was saved of this run cannot be read, so it begins anew: {error}")
         return None
 
 
@@ -110,17 +107,14 @@ def prepare_checkpoint(path: Path) -> None:
 def read_checkpoint(path: File, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors, numbers and strings; UserError for a file that is none, or is damaged."""
     if isinstance(path, ObjectFile):
-        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
-            whole = Path(folder) / path.name
-            try:
-                path.store.download(path.name, whole)
-            except FileNotFoundError as error:
-                raise UserError(f"there is no checkpoint {path}.") from error
-            return _loaded(whole, path, device)
+        try:
+            return _loaded(io.BytesIO(path.store.read(path.name)), path, device)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no checkpoint {path}.") from error
     return _loaded(path, path, device)
 
 
-def _loaded(whole: Path, path: File, device: torch.device | str) -> dict[str, Any]:
+def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) -> dict[str, Any]:
     """``path``: what the user calls it."""
     try:
         state: Any = torch.load(whole, map_location=device, weights_only=True)

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import sys
 import threading
 import time
 import uuid
@@ -26,6 +25,7 @@ from bench.config import UserError
 from bench.copies import OWN, Index, bring, changed, send, sweep
 from bench.lease import Lease, TakenError
 from bench.objects import Store, remove_discarded
+from bench.uploads import tell
 
 Say = Callable[[str], None]
 
@@ -40,7 +40,7 @@ BEAT = 3.0
 REST = 10.0
 
 #: Seconds without any file uploaded after which the end waits no longer.
-PATIENCE = 60.0
+PATIENCE = 30.0
 
 
 def copy_of(uri: str) -> Path:
@@ -59,12 +59,8 @@ def _plain(uri: str) -> str:
     return f"{base.rstrip('/')}{mark}{options}"
 
 
-def _tell(line: str) -> None:
-    print(f"bench: {line}", file=sys.stderr, flush=True)
-
-
 @contextmanager
-def working_copy(uri: str, use: Use, *, say: Say = _tell) -> Iterator[Mirror]:
+def working_copy(uri: str, use: Use, *, say: Say = tell) -> Iterator[Mirror]:
     """This machine's copy of the results at this URI; while it is open, what changes in it is uploaded.
 
     UserError, within seconds and before anything is written there, for a store that cannot be used, one that another

@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 import re
 import secrets
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.config import UserError
@@ -33,8 +31,6 @@ PATIENCE = 15.0
 _WHOLE_OR_NOT_THERE = ("s3", "gcs")
 #: Stores without folders.
 _FLAT = ("s3", "gcs")
-
-_CHUNK = 8 * 2**20
 
 _SCHEMES = "s3://BUCKET/PATH, gs://…, abfs://…, hdfs://…, file:///PATH, or fsspec+PROTOCOL://…"
 #: What the words of the many clients mean, and whether a later try may end otherwise; the first that fits.
@@ -114,13 +110,6 @@ class Store:
                 whole: bytes = file.read()
                 return whole
 
-    def download(self, name: str, path: Path) -> None:
-        """Write a file's content to this path."""
-        with self._translated(), self._confirmed(name):
-            filesystem, root = _opened(self.uri)
-            with filesystem.open_input_stream(f"{root}/{name}", compression=None) as file, path.open("wb") as here:
-                shutil.copyfileobj(file, here, _CHUNK)
-
     def put(self, name: str, data: Any) -> None:
         """Write a file, whole or not at all. ``data``: bytes, or what has a buffer."""
         with self._translated():
@@ -134,13 +123,6 @@ class Store:
                 file.write(data)
             if not whole:
                 filesystem.move(target, path)
-
-    def upload(self, name: str, path: Path) -> None:
-        """`put` the content of a local file."""
-        import pyarrow
-
-        with pyarrow.memory_map(str(path)) as file:
-            self.put(name, file.read_buffer())
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing if it is not there."""

@@ -24,7 +24,7 @@ def train(
     *,
     results: Path,
     tracking_uri: str | None,
-    checkpoint: str | None,
+    checkpoint: Path | str | None,
     data_dir: str | None,
     device: str,
     read_test: bool,
@@ -33,7 +33,9 @@ def train(
     """Train one configuration, a line per epoch; its row, which is also appended to results/train/rows.jsonl."""
     trial = prepare(config, data_dir=data_dir, device=device)
     if checkpoint is not None:
-        resume(trial, checkpoint_file(checkpoint))  # all that can be refused is refused before anything is recorded
+        resume(
+            trial, checkpoint_file(str(checkpoint))
+        )  # all that can be refused is refused before anything is recorded
     dataset = trial.data.name, trial.data.digest
     del trial
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
@@ -56,7 +58,7 @@ def train(
             report,
             data_dir=data_dir,
             device=device,
-            checkpoint=checkpoint,
+            checkpoint=None if checkpoint is None else str(checkpoint),
             read_test=read_test,
         )
         filed = row(uid, STUDY, "train", result)
@@ -67,12 +69,14 @@ def train(
     return filed
 
 
-def evaluate(checkpoint: str, *, split: Literal["val", "test"], data_dir: str | None, device: str) -> dict[str, Any]:
+def evaluate(
+    checkpoint: Path | str, *, split: Literal["val", "test"], data_dir: str | None, device: str
+) -> dict[str, Any]:
     """Accuracy and loss of the network in a checkpoint, on one split of its data set; angles, by validation examples.
 
     The protocol reads test once for a configuration; whoever asks for it here answers for that.
     """
-    file = checkpoint_file(checkpoint)
+    file = checkpoint_file(str(checkpoint))
     state = read_checkpoint(file, pick_device(device))
     config = TrialConfig.from_dict(state["config"])
     trial = prepare(config, data_dir=data_dir, device=device)

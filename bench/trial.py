@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.checkpoint import File, checkpoint_file, load_weights, previous, write_checkpoint
+from bench.checkpoint import File, checkpoint_file, load_weights, previous, settle_checkpoint, write_checkpoint
 from bench.config import Status, TrialConfig, TrialResult, UserError
 from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
@@ -62,6 +62,10 @@ def run_trial(
         tested = _test(lanes, config) if read_test else {}
     except Diverged as end:
         status, reason = "diverged", f"epoch {min(lanes[0].trial.epoch + 1, config.epochs)}: {end}"
+    finally:
+        for lane in lanes:
+            if lane.path is not None:
+                settle_checkpoint(lane.path)
     trial = lanes[0].trial
     metrics = _at_chance(trial, config, read_test) if status == "diverged" else {**_but_epoch(history[-1]), **tested}
     metrics |= {

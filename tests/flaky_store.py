@@ -1,4 +1,4 @@
-"""A store in memory, as fsspec+flaky://PLACE, that can be away, refuse what it is told to, and counts what it is asked."""
+"""A store in memory, as fsspec+flaky://PLACE, that can be away, and writes down what it is asked."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flaky_store import Flaky, away
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from bench.config import UserError
 from bench.copies import Index, belongs, bring, changed, send, sweep, whole_lines
 from bench.lease import TakenError
 from bench.objects import AwayError, Store
+from flaky_store import Flaky, away
 
 STORE = Store("fsspec+flaky://lab/x")
 
@@ -165,11 +165,11 @@ def test_two_ways_from_one_state_are_refused_and_nothing_is_touched(a: Machine, 
     b.trial(2)
     b.send()
     before, there = a.files(), STORE.listing()
-    with pytest.raises(UserError, match="s went on both in .*move the latter away") as raised:
+    with pytest.raises(UserError, match=r"s went on both in .*move the latter away") as raised:
         a.bring()
     assert "\n" not in str(raised.value)
     assert a.files() == before
-    with pytest.raises(TakenError, match="another machine wrote s/rows.jsonl meanwhile"):
+    with pytest.raises(TakenError, match=r"another machine wrote s/rows\.jsonl meanwhile"):
         a.send()
     assert STORE.listing() == there
     (a.folder / "s").rename(a.folder.parent / "away")
@@ -210,7 +210,7 @@ def test_a_kill_between_any_two_uploads_leaves_a_state_to_go_on_from(a: Machine,
     a.write("s/study.yaml", "trials: 3")
     done = 0
 
-    def killed(what: str, path: str) -> None:
+    def killed(what: str, _: str) -> None:
         nonlocal done
         done += what == "move"
         if done > puts:
@@ -241,7 +241,7 @@ def test_a_kill_between_any_two_uploads_leaves_a_state_to_go_on_from(a: Machine,
 def test_a_row_that_is_written_while_the_journal_is_uploaded_comes_with_the_next(a: Machine, b: Machine) -> None:
     a.trial(0)
 
-    def meanwhile(what: str, path: str) -> None:
+    def meanwhile(*_: str) -> None:
         Flaky.fault = None
         a.trial(1)  # after the journal was read, before the rows are
 

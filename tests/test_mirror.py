@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flaky_store import Flaky, away
-from rehearsal import Stage, stage
 
 from bench import lease, mirror
 from bench.cli import main
@@ -24,6 +22,8 @@ from bench.doctor import check_store
 from bench.lease import Lease, TakenError
 from bench.mirror import copy_of, working_copy
 from bench.objects import Store
+from flaky_store import Flaky, away
+from rehearsal import Stage, stage
 
 __all__ = ["stage"]
 
@@ -139,7 +139,7 @@ def test_a_start_while_the_store_is_away_is_refused_and_leaves_nothing(
 def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
     on: Callable[[str], None], said: list[str]
 ) -> None:
-    def read_only(what: str, path: str) -> None:
+    def read_only(what: str, _: str) -> None:
         if what == "write":
             raise PermissionError("Access Denied")
 
@@ -196,7 +196,7 @@ def test_who_was_killed_goes_on_at_once(on: Callable[[str], None], said: list[st
 def test_of_two_that_take_a_lease_at_once_the_overwritten_one_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Lease(STORE, "a"), Lease(STORE, "b")
 
-    def between(seconds: float) -> None:
+    def between(_: float) -> None:
         monkeypatch.setattr(time, "sleep", lambda _: None)
         STORE.put(lease.NAME, json.dumps({"owner": "b", "host": "b"}).encode())
 
@@ -329,7 +329,7 @@ def test_a_search_goes_on_from_an_empty_copy_and_reports_are_read_from_the_store
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.present.study_link", lambda *_: None)  # on the stage there is no MLflow
-    played = stage(lambda config: 0.5)
+    played = stage(lambda _: 0.5)
     played.stop_after = 3
     on("a")
     assert main([*SEARCH, URI, "--trials", "6", "--concurrent", "1"]) == 130
@@ -360,7 +360,7 @@ def test_workers_are_given_checkpoints_on_the_store(
     on: Callable[[str], None], stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[str] = []
-    played = stage(lambda config: 0.5)
+    played = stage(lambda _: 0.5)
     begin = played.play
 
     def play(source: Any, **options: Any) -> str:
