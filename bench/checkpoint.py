@@ -86,10 +86,12 @@ def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
         prepare_checkpoint(path)
         return read_checkpoint(path, device) if path.exists() else None
     try:
-        return read_checkpoint(path, device) if within(path.uri, path.exists) else None
+        if within(path.uri, path.exists):
+            return read_checkpoint(path, device)
+        within(path.uri, path.try_out)
     except AwayError as error:
         tell(f"what was saved of this run cannot be read, so it begins anew: {error}")
-        return None
+    return None
 
 
 def prepare_checkpoint(path: Path) -> None:

@@ -177,6 +177,11 @@ class ObjectFile:
     def exists(self) -> bool:
         return self.store.version(self.name) is not None
 
+    def try_out(self) -> None:
+        """UserError if nothing can be written beside it."""
+        self.store.put(f"{self.name}.probe", b"")
+        self.store.remove(f"{self.name}.probe")
+
 
 def within(uri: str, call: Callable[[], T], seconds: float = PATIENCE) -> T:
     """What the call gives; `AwayError` if it has not ended after so many seconds."""
