@@ -32,6 +32,10 @@ _WHOLE_OR_NOT_THERE = ("s3", "gcs")
 #: Stores without folders.
 _FLAT = ("s3", "gcs")
 
+#: A request is given up after so many seconds without a byte, and tried three times: by default 100 s in all, for which
+#: a process cannot end either. A small object is one request: else three, and remains of those that are killed between.
+_S3 = {"connect_timeout": 3.0, "request_timeout": 6.0, "allow_delayed_open": True}
+
 _SCHEMES = "s3://BUCKET/PATH, gs://…, abfs://…, hdfs://…, file:///PATH, or fsspec+PROTOCOL://…"
 #: What the words of the many clients mean, and whether a later try may end otherwise; the first that fits.
 _MEANINGS: tuple[tuple[str, str, bool], ...] = (
@@ -212,12 +216,18 @@ def _opened(uri: str) -> tuple[Any, str]:
     """The filesystem, and the path in it."""
     from pyarrow import fs
 
-    if uri.startswith("s3://") and "allow_delayed_open" not in uri:  # else three requests for each object, and remains
-        uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"  # of those that were killed between them
     filesystem, path = fs.FileSystem.from_uri(uri)
+    if filesystem.type_name == "s3":
+        filesystem = _impatient(filesystem)
     if not path.strip("/"):
         raise UserError(f"{uri}: it names no bucket or folder; write {_SCHEMES}.")
     return filesystem, path.rstrip("/")
+
+
+def _impatient(s3: Any) -> Any:
+    """The same with `_S3`, which no URI can hold and only its constructor takes: so made anew, as its copies are."""
+    make, (options,) = s3.__reduce__()
+    return make({**options, **_S3})
 
 
 def _translation(uri: str, error: Exception) -> UserError:
