@@ -16,16 +16,11 @@ from typing import Any
 import pytest
 
 from bench import lease, mirror
-from bench.cli import main
 from bench.config import UserError
-from bench.doctor import check_store
 from bench.lease import Lease, TakenError
 from bench.mirror import copy_of, working_copy
 from bench.objects import Store
 from flaky_store import Flaky, away
-from rehearsal import Stage, stage
-
-__all__ = ["stage"]
 
 URI = "fsspec+flaky://lab/x"
 STORE = Store(URI)
@@ -312,96 +307,6 @@ def test_killed_at_any_moment_both_machines_have_a_state_to_go_on_from(
     on("b")
     with working_copy(uri, "reads") as copy:
         assert len((copy.folder / "s" / "rows.jsonl").read_text().splitlines()) == made
-
-
-# --- the verbs -------------------------------------------------------------------------------------------
-
-SEARCH = ["search", "--rule", "sparse", "--arch", "lenet", "--epochs", "2", "--sampler", "random", "--results"]
-
-
-@pytest.mark.slow
-def test_a_search_goes_on_from_an_empty_copy_and_reports_are_read_from_the_store(
-    tmp_path: Path,
-    on: Callable[[str], None],
-    stage: Callable[..., Stage],
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bench.present.study_link", lambda *_: None)  # on the stage there is no MLflow
-    played = stage(lambda _: 0.5)
-    played.stop_after = 3
-    on("a")
-    assert main([*SEARCH, URI, "--trials", "6", "--concurrent", "1"]) == 130
-    said = capfd.readouterr().err
-    assert "its working copy is" in said
-    assert "MLflow's SQLite store cannot lie there" in said
-    assert f"results: {URI}" in said
-    played.stop_after = None
-    on("b")
-    assert main([*SEARCH, URI, "--trials", "6", "--concurrent", "1"]) == 0
-    uids = [uid for uid, _ in played.runs]
-    assert len(uids) == len(set(uids)) == 6 + 3 * 3  # trials; the best, and two controls, with three seeds
-    assert "checkpoints" not in " ".join(STORE.listing())
-    capfd.readouterr()
-
-    on("c")
-    assert main(["compare", "sparse-lenet-digits", "--results", URI, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["studies"][0]["trials"] == 6
-    assert main(["report", "--results", URI, "--out", "pages"]) == 0
-    assert (tmp_path / "pages" / "sparse-lenet-digits.html").exists()
-    assert not (tmp_path / "fsspec+flaky:").exists()
-    before = STORE.listing()
-    assert main(["report", "nothing", "--results", URI]) == 2
-    assert STORE.listing() == before
-
-
-def test_workers_are_given_checkpoints_on_the_store(
-    on: Callable[[str], None], stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[str] = []
-    played = stage(lambda _: 0.5)
-    begin = played.play
-
-    def play(source: Any, **options: Any) -> str:
-        task = source._task
-        monkeypatch.setattr(source, "_task", lambda uid, plan: _seen(task(uid, plan)))
-        return begin(source, **options)
-
-    def _seen(task: Any) -> Any:
-        given.append(task.options["checkpoint"])
-        STORE.put(task.options["checkpoint"].removeprefix(f"{URI}/"), b"")
-        return task
-
-    monkeypatch.setattr("bench.engine.run", play)
-    monkeypatch.setattr("bench.present.study_link", lambda *_: None)
-    on("a")
-    assert main([*SEARCH, URI, "--trials", "2"]) == 0
-    assert f"{URI}/sparse-lenet-digits/checkpoints/sparse-lenet-digits-0000.pt" in given
-    assert len(given) == 2 + 9
-    assert not [name for name in STORE.listing() if name.endswith(".pt")]  # removed, each after its run
-
-
-@pytest.mark.parametrize("verb", [SEARCH[:-1], ["report"], ["compare", "x"], ["ui"], ["train", "--rule", "backprop"]])
-def test_every_verb_refuses_a_store_that_is_none(
-    verb: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*verb, "--results", "s4://b/x"]) == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1
-    assert "write s3://BUCKET/PATH" in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_doctor_tries_a_store_out(on: Callable[[str], None]) -> None:
-    on("a")
-    assert check_store(URI).status == "ok"
-    assert STORE.listing() == {}
-    Flaky.fault = staticmethod(away)
-    found = check_store(URI)
-    assert (found.status, "connection refused" in found.detail) == ("fail", True)
-    assert found.remedy.startswith("check its address")
 
 
 def test_the_mirror_speaks_where_it_is_told_to(on: Callable[[str], None], said: list[str]) -> None:

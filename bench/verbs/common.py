@@ -90,7 +90,7 @@ def _folder(text: str) -> Path | str:
 def local_file(text: str) -> Path:
     """A file on this machine."""
     if is_uri(text):
-        raise UserError(f"{text}: that must be a file on this machine; download it first.")
+        raise argparse.ArgumentTypeError(f"{text}: that must be a file on this machine; download it first")
     return Path(text)
 
 
