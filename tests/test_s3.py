@@ -207,7 +207,7 @@ def test_a_killed_search_goes_on_from_an_empty_copy(s3: Server, tmp_path: Path) 
 
     first = started("a")
     try:
-        until(lambda: bool(rows("s/rows.jsonl")) or first.poll() is not None, 240)
+        until(lambda: bool(rows("s/rows.jsonl")) or first.poll() is not None, 600)
         assert first.poll() is None, first.communicate()[1]
     finally:
         os.killpg(first.pid, signal.SIGKILL)
@@ -216,7 +216,7 @@ def test_a_killed_search_goes_on_from_an_empty_copy(s3: Server, tmp_path: Path) 
     assert 0 < len(known) < trials + 1
     store.remove(lease.NAME)  # as if its three minutes were over
     second = started("b")
-    out, err = second.communicate(timeout=400)
+    out, err = second.communicate(timeout=900)
     assert second.returncode == 0, err
     assert f"results: {uri}" in err
     done = rows("s/rows.jsonl")
