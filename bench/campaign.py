@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.checkpoint import location
 from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
@@ -185,7 +186,7 @@ class Campaign(Runs):
 
     def _task(self, uid: str, plan: Planned) -> Task:
         self._study.drivers.own.add(uid)
-        return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))
+        return super()._task(uid, plan.with_options(checkpoint=location(self._checkpoint(uid))))
 
     def completed(self, uid: str, result: TrialResult) -> None:
         trial = self._running[uid].plan.kind == "search"

@@ -1,9 +1,14 @@
-"""Saving the state of a run, and going on from it. Nothing that is read is executed."""
+"""Saving the state of a run, and going on from it. Nothing that is read is executed.
+
+A checkpoint is a file on this machine or on an object store (`bench.objects`). A store that is away for a while costs
+no run its training: what cannot be saved or found there now is said on stderr, and the run goes on without.
+"""
 
 from __future__ import annotations
 
 import errno
 import glob
+import io
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,12 +20,29 @@ from torch import nn
 
 from bench.config import TrialConfig, UserError
 from bench.disk import on_disk
+from bench.objects import AwayError, ObjectFile, discard, is_uri, within
+from bench.uploads import UPLOADS, tell
 
 _KEYS = {"config", "epoch", "history", "model", "optimizer"}
 
+#: Where a checkpoint is: a file here, or on an object store.
+File = Path | ObjectFile
+
+
+def checkpoint_file(text: str, index: int = 0) -> File:
+    """The file that is meant: a path, or a URI; of further networks FILE.1, FILE.2, ..."""
+    if is_uri(text):
+        return ObjectFile(text).numbered(index) if index else ObjectFile(text)
+    return Path(f"{text}.{index}" if index else text)
+
+
+def location(path: File) -> str:
+    """As `checkpoint_file` takes it, in whatever folder."""
+    return path.uri if isinstance(path, ObjectFile) else str(path.absolute())
+
 
 def write_checkpoint(
-    path: Path,
+    path: File,
     *,
     config: TrialConfig,
     epoch: int,
@@ -30,7 +52,7 @@ def write_checkpoint(
 ) -> None:
     """Write the whole state, at once or not at all: a kill, or a power cut, leaves the old file or the new one.
 
-    DiskError if the disk does not take it.
+    DiskError if the disk does not take it. To a store it is on its way when this returns; see `settle_checkpoint`.
     """
     state = {
         "config": config.to_dict(),
@@ -39,6 +61,11 @@ def write_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    if isinstance(path, ObjectFile):
+        whole = io.BytesIO()  # in memory: a killed worker leaves no temporary files
+        torch.save(state, whole)
+        UPLOADS.put(path, f"epoch {epoch} of this run", whole.getbuffer())
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with on_disk(path):
@@ -50,6 +77,29 @@ def write_checkpoint(
     finally:
         with suppress(OSError):  # on a disk that takes no change; the next start sweeps
             temporary.unlink(missing_ok=True)
+
+
+def settle_checkpoint(path: File) -> None:
+    """Wait, but not for ever, until what was last written there is there: a file on this machine is."""
+    if isinstance(path, ObjectFile):
+        UPLOADS.settle(path)
+
+
+def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
+    """What an earlier start of this run saved here, as `read_checkpoint`; None if there is nothing to go on from.
+
+    UserError now, not after an epoch, if this is no place for a checkpoint.
+    """
+    if not isinstance(path, ObjectFile):
+        prepare_checkpoint(path)
+        return read_checkpoint(path, device) if path.exists() else None
+    try:
+        if within(path.uri, path.exists):
+            return read_checkpoint(path, device)
+        within(path.uri, path.try_out)
+    except AwayError as error:
+        tell(f"what was saved of this run cannot be read, so it begins anew: {error}")
+    return None
 
 
 def prepare_checkpoint(path: Path) -> None:
@@ -69,10 +119,20 @@ def prepare_checkpoint(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: File, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors, numbers and strings; UserError for a file that is none, or is damaged."""
+    if isinstance(path, ObjectFile):
+        try:
+            return _loaded(io.BytesIO(path.store.read(path.name)), path, device)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no checkpoint {path}.") from error
+    return _loaded(path, path, device)
+
+
+def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) -> dict[str, Any]:
+    """``path``: what the user calls it."""
     try:
-        state: Any = torch.load(path, map_location=device, weights_only=True)
+        state: Any = torch.load(whole, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}.") from error
     except Exception as error:  # torch.load raises anything on a damaged file
@@ -82,7 +142,17 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return dict(state)
 
 
-def load_weights(path: Path, model: nn.Module, weights: Mapping[str, Any]) -> None:
+def remove_checkpoint(path: File) -> None:
+    """Remove it, and those of further networks: on a store not at once, since nobody should wait for that here."""
+    if isinstance(path, ObjectFile):
+        discard(path)
+        return
+    with on_disk(path):
+        for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+            file.unlink(missing_ok=True)
+
+
+def load_weights(path: File, model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Put a checkpoint's weights into a network; UserError if they are another network's."""
     try:
         model.load_state_dict(weights)

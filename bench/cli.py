@@ -7,14 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import bench
 from bench.config import UserError, unknown
 from bench.disk import find_disk_error
 from bench.verbs import cluster, compare, matrix, report, robustness, search, sync, train, transfer
-from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_results, verb
+from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_kept, add_results, at_hand, verb
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = given.verb
-        status = run(given)
+        with at_hand(given):
+            status = run(given)
         sys.stdout.flush()
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -80,12 +80,12 @@ def _add_ui(verbs: Any) -> None:
     p.add_argument("--host", default="127.0.0.1", help="another than loopback exposes all runs, without a password")
     p.add_argument("--port", type=int, default=5000, help="the next free one, if it is taken")
     p.add_argument("--optuna", action="store_true", help="Optuna's dashboard on the searches' journals, too")
-    add_results(p)
+    add_results(p, "shows")
 
 
 def _add_doctor(verbs: Any) -> None:
     p = verb(verbs, "doctor", _doctor, "say what this machine has, and what would go wrong on it")
-    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept")
+    add_kept(p, None)
     add_json(p)
 
 

@@ -22,6 +22,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from bench.check import Check, Status
+from bench.config import UserError
+from bench.mirror import copy_of
+from bench.objects import Store, within
 from bench.provenance import usable_cores
 
 #: Packages with a line of their own; the others are checked together.
@@ -39,10 +42,14 @@ ENOUGH_SHARED = 256 * 2**20
 ENOUGH_DISK, LITTLE_DISK = 5 * GIB, GIB // 2
 
 
-def diagnose(results: Path) -> list[Check]:
-    """Every check, with results to be written under ``results``. Takes a few seconds: torch is imported."""
+def diagnose(results: Path | str) -> list[Check]:
+    """Every check, with results to be written under ``results`` (a URI: there, and in a working copy here).
+
+    Takes a few seconds: torch is imported.
+    """
     from bench.leftovers import check_leftovers  # what reads rows takes a second to import
 
+    here = results if isinstance(results, Path) else copy_of(results)
     return [
         check_python(sys.version_info[:3]),
         *check_packages(),
@@ -50,14 +57,14 @@ def diagnose(results: Path) -> list[Check]:
         check_cores(Path("/")),
         check_memory(Path("/")),
         check_shared_memory(Path("/dev/shm")),
-        check_results(results),
-        check_disk("disk for results", results),
+        check_results(results) if isinstance(results, Path) else check_store(results),
+        check_disk("disk for results", here),
         check_disk("disk for temporary files", Path(tempfile.gettempdir())),
         check_loopback("127.0.0.1"),
         check_gpu(),
         check_processes(Path("/proc")),
         check_folders(Path(tempfile.gettempdir())),
-        *check_leftovers(results),
+        *check_leftovers(here),
     ]
 
 
@@ -243,6 +250,23 @@ def check_results(results: Path) -> Check:
     except OSError as error:
         detail = f"{folder}: {error.strerror}"
         return Check(name="results", status="fail", detail=detail, remedy="name a writable folder with --results")
+
+
+def check_store(uri: str) -> Check:
+    """Whether objects can be listed, written and removed there."""
+    store = Store(uri)
+
+    def write() -> None:
+        store.put(probe := f".doctor-{os.getpid()}", b"")
+        store.remove(probe)
+
+    try:
+        store.check()
+        within(uri, write)
+    except UserError as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        return Check(name="results", status="fail", detail=detail, remedy=remedy.rstrip("."))
+    return Check(name="results", status="ok", detail=f"{uri} is writable; its working copy here is {copy_of(uri)}")
 
 
 def check_disk(name: str, path: Path) -> Check:

@@ -109,7 +109,7 @@ def _print_warm(out: Console, warm: Mapping[str, Any]) -> None:
 
 def print_link(out: Console, summary: Mapping[str, Any], options: Options) -> None:
     """Where the runs can be compared."""
-    where = f" --results {options.results}" if str(options.results) != "results" else ""
+    where = f" --results {options.shown}" if options.shown != "results" else ""
     if summary["link"] and options.tracking_uri and options.tracking_uri.startswith("http"):
         out.print(f"compare the runs: {summary['link']}", markup=False)
     elif summary["link"]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.checkpoint import load_weights, read_checkpoint
+from bench.checkpoint import checkpoint_file, load_weights, read_checkpoint
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.evaluators.accuracy import BATCH
 from bench.evaluators.adversarial import ATTACKS, adversarial_accuracy
@@ -39,9 +39,9 @@ def run_probe(
         return run_trial(config, report, **options)
     started = time.perf_counter()
     where = {name: options[name] for name in ("data_dir", "device") if name in options}
-    path = Path(network)
+    path = checkpoint_file(network)
     if "file" in evaluation:
-        if not path.exists() or digest_of(path) != evaluation["file"]:
+        if not isinstance(path, Path) or not path.exists() or digest_of(path) != evaluation["file"]:
             raise UserError(f"{path} was changed or removed after the measurement began; restore it, or start again.")
     elif not path.exists() or read_checkpoint(path)["epoch"] < config.epochs:
         trained = run_trial(config, report, **{**options, "checkpoint": network})

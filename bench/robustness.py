@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import headlines
+from bench.checkpoint import File, location, remove_checkpoint
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.figures import robustness_figure
@@ -89,7 +90,7 @@ class Robustness(Runs):
         for uid, plan in self._open(self._evaluations()):
             network = self._probes[_base(uid, self._probes)].network
             # a file that was removed, or left half trained, is trained again by an evaluation: by one at a time
-            alone = network.uid not in self._whole or not network.path.exists()
+            alone = network.uid not in self._whole or _is_gone(network)
             if self._became(network) == "finished" and not (alone and self._busy(network)):
                 yield uid, plan
         yield from self._open(self._trainings)
@@ -103,19 +104,19 @@ class Robustness(Runs):
         if network is not None and result.status == "finished":
             self._whole.add(network.uid)
 
-    def _checkpoint(self, uid: str) -> Path:
+    def _checkpoint(self, uid: str) -> File:
         base = _base(uid, self._trainings)
         if base in self._networks and self._plan.evaluates:
-            return self._networks[base].path.absolute()
+            return self._networks[base].path
         return super()._checkpoint(uid)
 
     def _task(self, uid: str, plan: Planned) -> Task:
         if plan.evaluation:
             network = self._probes[_base(uid, self._probes)].network
-            if not network.path.exists():
+            if _is_gone(network):
                 self._whole.discard(network.uid)
             return super()._task(uid, plan)
-        return super()._task(uid, plan.with_options(checkpoint=str(self._checkpoint(uid))))
+        return super()._task(uid, plan.with_options(checkpoint=location(self._checkpoint(uid))))
 
     def _tidy(self, uid: str) -> None:
         if _base(uid, self._trainings) not in self._networks or not self._plan.evaluates:
@@ -125,10 +126,10 @@ class Robustness(Runs):
         """Those that were trained here; a user's own checkpoints stay where they are."""
         for network in self._networks.values():
             if not network.given:
-                for file in network.path.parent.glob(f"{network.uid}.pt*"):
-                    file.unlink(missing_ok=True)
-                if network.path.parent.is_dir() and not any(network.path.parent.iterdir()):
-                    network.path.parent.rmdir()
+                remove_checkpoint(network.path)
+                folder = network.path.parent if isinstance(network.path, Path) else None
+                if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     # --- what is known
 
@@ -159,7 +160,7 @@ class Robustness(Runs):
         """The networks that were trained and removed, and that something is still to be measured of."""
         wanted = {self._probes[_base(uid, self._probes)].network.uid for uid, _ in self._open(self._evaluations())}
         trained = {uid for uid in wanted if self._became(self._networks[uid]) == "finished"}
-        return {uid for uid in trained if not self._networks[uid].path.exists()}
+        return {uid for uid in trained if _is_gone(self._networks[uid])}
 
     def repeated(self) -> list[str]:
         """What of this measurement is of several networks: trained again after their removal, and not the same."""
@@ -184,6 +185,11 @@ class Robustness(Runs):
         return "\n".join([f"{self.name}: " + " · ".join(parts), *self._lines()])
 
 
+def _is_gone(network: Network) -> bool:
+    """Whether its file was removed. On a store only its worker looks: here a look would hold up all runs."""
+    return isinstance(network.path, Path) and not network.path.exists()
+
+
 def _base(uid: str, known: Mapping[str, Any]) -> str:
     """The uid of a run's first attempt."""
     return uid if uid in known else uid.rpartition(".")[0]
@@ -197,8 +203,8 @@ def prepare_measurement(
     rules = [TrialConfig.from_dict(values) for values in config.rules.values()]
     for rule in rules:
         place = survey(options, rule)
-    folder = options.results / config.name
-    return Ready(config=config, plan=Plan(config, key=place.key, folder=folder, given=given), place=place)
+    plan = Plan(config, key=place.key, folder=options.kept(config.name), given=given)
+    return Ready(config=config, plan=plan, place=place)
 
 
 def measure(

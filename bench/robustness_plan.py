@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.checkpoint import File, checkpoint_file, location
 from bench.config import Strict, TrialConfig, UserError, check_levels, check_range, digest, study_name, unknown
 from bench.evaluators.adversarial import ATTACKS, QUERIES
 from bench.files import read_yaml
 from bench.learning.rules import parse_rule
 from bench.noise import SITES
+from bench.objects import child
 from bench.probe import digest_of
 from bench.recipes import recipe_of
 from bench.robustness_summary import THROUGH_B
@@ -124,7 +126,7 @@ class Network:
 
     uid: str
     config: TrialConfig
-    path: Path
+    path: File
     file: str | None = None
 
     @property
@@ -146,11 +148,17 @@ class Plan:
     """Everything that there is to run for one RobustnessConfig; ``key``: device and data."""
 
     def __init__(
-        self, config: RobustnessConfig, *, key: str, folder: Path, given: Sequence[tuple[TrialConfig, Path]] = ()
+        self,
+        config: RobustnessConfig,
+        *,
+        key: str,
+        folder: Path | str,
+        given: Sequence[tuple[TrialConfig, Path]] = (),
     ) -> None:
+        """``folder``: of the networks; a URI, if they are kept on a store."""
         if given and "update" in config.levels:
             raise UserError("site update is noise in training: it cannot be measured of a --checkpoint.")
-        self.config, self._key, self._folder = config, key, folder
+        self.config, self._key, self._folder = config, key, str(folder)
         self._given = {(c.rule, c.seed): path for c, path in given}
         self._bases = {rule: TrialConfig.from_dict(values) for rule, values in config.rules.items()}
         self.seeds = sorted({c.seed for c, _ in given}) or [config.first_seed + i for i in range(config.seeds)]
@@ -170,7 +178,7 @@ class Plan:
             for rule, base in self._bases.items():
                 config = base.replace(seed=seed)
                 uid, path = self._uid(config.identity()), self._given.get((rule, seed))
-                kept = self._folder / "networks" / f"{uid}.pt"
+                kept = checkpoint_file(child(self._folder, f"networks/{uid}.pt"))
                 yield Network(uid=uid, config=config, path=path or kept, file=digest_of(path) if path else None)
 
     def noisy(self, network: Network, level: float) -> tuple[str, TrialConfig]:
@@ -186,7 +194,7 @@ class Plan:
         tasks = {}
         for network in self.networks:
             if not network.given:
-                keep = {"checkpoint": str(network.path.absolute())} if self.evaluates else {}
+                keep = {"checkpoint": location(network.path)} if self.evaluates else {}
                 tasks[network.uid] = _training(network.config, keep)
         for network in self.networks:
             for level in () if self.config.unaffected(network.config.rule) else self.config.levels.get("update", ()):
@@ -227,7 +235,7 @@ class Plan:
 
     def planned(self, probe: Probe) -> Planned:
         """The probe as a run."""
-        options = {"network": str(probe.network.path.absolute()), "evaluation": probe.evaluation}
+        options = {"network": location(probe.network.path), "evaluation": probe.evaluation}
         return Planned(config=probe.network.config, kind="robustness", options=options, evaluation=probe.evaluation)
 
 

@@ -7,16 +7,17 @@ robustness, says that. What is finished is a row, and is never run again; what f
 from __future__ import annotations
 
 import dataclasses
-import glob
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from bench.checkpoint import File, checkpoint_file, remove_checkpoint
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
-from bench.disk import DiskError, on_disk
+from bench.disk import DiskError
+from bench.objects import child
 from bench.place import Place
 from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
@@ -151,8 +152,8 @@ class Runs:
         }
         return Task(uid=uid, config=plan.config, options=options)
 
-    def _checkpoint(self, uid: str) -> Path:
-        return (self._place.options.results / self.name / "checkpoints" / f"{uid}.pt").absolute()
+    def _checkpoint(self, uid: str) -> File:
+        return checkpoint_file(child(str(self._place.options.kept(self.name)), f"checkpoints/{uid}.pt"))
 
     def started(self, uid: str) -> None:
         run = self._running[uid]
@@ -187,10 +188,7 @@ class Runs:
 
     def _tidy(self, uid: str) -> None:
         """Remove the checkpoints of a run that is over."""
-        path = self._checkpoint(uid)
-        with on_disk(path):
-            for file in path.parent.glob(f"{glob.escape(path.name)}*"):
-                file.unlink(missing_ok=True)
+        remove_checkpoint(self._checkpoint(uid))
 
     def _file(self, kind: Kind, filed: Row) -> Row:
         """Append the row; a control that another search has filed meanwhile is that one's."""

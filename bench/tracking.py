@@ -66,7 +66,7 @@ class Tracker:
         Errors: UserError for an address that cannot work. The store itself opens in the background.
         """
         check_uri(uri)
-        store = Store(uri, artifacts, experiment, spool / "begin.lock")
+        store = Store(uri, artifacts, experiment, spool.with_name("mlflow.lock"))
         return cls(store, deliver_to(store.deliver, uri, spool, say), uri, say)
 
     def study(

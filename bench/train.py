@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.checkpoint import load_weights, read_checkpoint
+from bench.checkpoint import checkpoint_file, load_weights, read_checkpoint
 from bench.config import TrialConfig, digest
 from bench.rows import TRAININGS, RowFile, row
 from bench.stores import embedded
@@ -21,7 +21,7 @@ def train(
     *,
     results: Path,
     tracking_uri: str | None,
-    checkpoint: Path | None,
+    checkpoint: Path | str | None,
     data_dir: str | None,
     device: str,
     read_test: bool,
@@ -30,7 +30,9 @@ def train(
     """Train one configuration, a line per epoch; its row, which is also appended to results/train/rows.jsonl."""
     trial = prepare(config, data_dir=data_dir, device=device)
     if checkpoint is not None:
-        resume(trial, checkpoint)  # all that can be refused is refused before anything is recorded
+        resume(
+            trial, checkpoint_file(str(checkpoint))
+        )  # all that can be refused is refused before anything is recorded
     dataset = trial.data.name, trial.data.digest
     del trial
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
@@ -64,15 +66,18 @@ def train(
     return filed
 
 
-def evaluate(checkpoint: Path, *, split: Literal["val", "test"], data_dir: str | None, device: str) -> dict[str, Any]:
+def evaluate(
+    checkpoint: Path | str, *, split: Literal["val", "test"], data_dir: str | None, device: str
+) -> dict[str, Any]:
     """Accuracy and loss of the network in a checkpoint, on one split of its data set; angles, by validation examples.
 
     The protocol reads test once for a configuration; whoever asks for it here answers for that.
     """
-    state = read_checkpoint(checkpoint, pick_device(device))
+    file = checkpoint_file(str(checkpoint))
+    state = read_checkpoint(file, pick_device(device))
     config = TrialConfig.from_dict(state["config"])
     trial = prepare(config, data_dir=data_dir, device=device)
-    load_weights(checkpoint, trial.model, state["model"])
+    load_weights(file, trial.model, state["model"])
     metrics = score(trial, split)
     if trial.conversion.swapped:
         metrics |= alignment(trial)

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import headlines
 from bench.campaign import Ready, confirm_seeds, trial_config
+from bench.checkpoint import location
 from bench.config import Strict, TrialConfig, check_range, digest
 from bench.director import WAIT, Task, Wait
 from bench.pages.transfer import transfer_page
@@ -139,7 +140,7 @@ class Transfer(Follower):
 
     def next(self) -> Task | Wait | None:
         for uid, planned in self._open(self._plans):
-            return self._task(uid, planned.with_options(checkpoint=str(self._checkpoint(uid))))
+            return self._task(uid, planned.with_options(checkpoint=location(self._checkpoint(uid))))
         return WAIT if self._running else None
 
     def _of(self, route: Route) -> dict[str, Planned]:

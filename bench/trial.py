@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.checkpoint import load_weights, prepare_checkpoint, read_checkpoint, write_checkpoint
+from bench.checkpoint import File, checkpoint_file, load_weights, previous, settle_checkpoint, write_checkpoint
 from bench.config import Status, TrialConfig, TrialResult, UserError
 from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
@@ -40,9 +39,10 @@ def run_trial(
 ) -> TrialResult:
     """Train and evaluate one network; with ``noise_site = "update"`` one for each level of noise, in step.
 
-    With ``checkpoint`` (a file; of further networks FILE.1, FILE.2, ...) the state is saved after each epoch, and a
-    run that finds it goes on from there to the same result, bit for bit on a CPU. ``read_test``: the protocol reads
-    the test split once, for a confirmed configuration. ``threads``: of torch on the CPU; None leaves torch's own.
+    With ``checkpoint`` (a file, or its URI; of further networks FILE.1, FILE.2, ...) the state is saved after each
+    epoch, and a run that finds it goes on from there to the same result, bit for bit on a CPU. ``read_test``: the
+    protocol reads the test split once, for a confirmed configuration. ``threads``: of torch on the CPU; None leaves
+    torch's own.
 
     A run that diverges is a result: status ``diverged``, its reason, chance as accuracy. UserError for a
     configuration that cannot be run.
@@ -62,6 +62,10 @@ def run_trial(
         tested = _test(lanes, config) if read_test else {}
     except Diverged as end:
         status, reason = "diverged", f"epoch {min(lanes[0].trial.epoch + 1, config.epochs)}: {end}"
+    finally:
+        for lane in lanes:
+            if lane.path is not None:
+                settle_checkpoint(lane.path)
     trial = lanes[0].trial
     metrics = _at_chance(trial, config, read_test) if status == "diverged" else {**_but_epoch(history[-1]), **tested}
     metrics |= {
@@ -83,7 +87,7 @@ class _Lane:
     """One network of a run. All but the first may diverge: they then count at chance."""
 
     trial: Trial
-    path: Path | None
+    path: File | None
     lost: bool = False
 
     def advance(self, epoch: int, *, first: bool) -> None:
@@ -129,7 +133,7 @@ def _lanes(config: TrialConfig, data_dir: str | None, device: str, checkpoint: s
     lanes = []
     for index, each in enumerate(configs):
         trial = prepare(each, data_dir=data_dir, device=device)
-        path = None if checkpoint is None else Path(f"{checkpoint}.{index}" if index else checkpoint)
+        path = None if checkpoint is None else checkpoint_file(checkpoint, index)
         if path is not None:
             resume(trial, path)
         lanes.append(_Lane(trial, path))
@@ -278,7 +282,7 @@ def score(trial: Trial, split: str) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in found.items()}
 
 
-def save(trial: Trial, path: Path) -> None:
+def save(trial: Trial, path: File) -> None:
     """Keep the state after an epoch."""
     write_checkpoint(
         path,
@@ -290,15 +294,14 @@ def save(trial: Trial, path: Path) -> None:
     )
 
 
-def resume(trial: Trial, path: Path) -> None:
+def resume(trial: Trial, path: File) -> None:
     """Go on from the checkpoint, if there is one. Everything random depends on (seed, epoch): no other state is needed.
 
     UserError for a checkpoint of another configuration, a damaged one, and a place that cannot be written.
     """
-    prepare_checkpoint(path)
-    if not path.exists():
+    state = previous(path, trial.device)
+    if state is None:
         return
-    state = read_checkpoint(path, trial.device)
     if TrialConfig.from_dict(state["config"]) != trial.config:  # one from before a field was new has its default
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])

@@ -6,15 +6,18 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 from bench.config import Scaling, StudyConfig, UserError, check_range, unknown
 from bench.files import parse_scalar
+from bench.objects import is_uri
 
 if TYPE_CHECKING:
+    from bench.mirror import Mirror, Use
     from bench.place import Options
 
 T = TypeVar("T")
@@ -71,9 +74,43 @@ def verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summar
     return made
 
 
-def add_results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept")
+def add_results(parser: argparse.ArgumentParser, use: Use = "writes") -> None:
+    add_kept(parser, use)
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server (else SQLite under the results)")
+
+
+def add_kept(parser: argparse.ArgumentParser, use: Use | None) -> None:
+    """``--results``; with a URI the verb works in a copy of it (`at_hand`), but for ``use`` None."""
+    text = "where results are kept: a folder, or a URI (s3://…; see `bench doctor --results URI`)"
+    parser.add_argument("--results", type=_folder, default=Path("results"), metavar="DIR", help=text)
+    parser.set_defaults(store=None, use=use, mirror=None)
+
+
+def _folder(text: str) -> Path | str:
+    return text if is_uri(text) else Path(text)
+
+
+def local_file(text: str) -> Path:
+    """A file on this machine."""
+    if is_uri(text):
+        raise argparse.ArgumentTypeError(f"{text}: that must be a file on this machine; download it first")
+    return Path(text)
+
+
+@contextmanager
+def at_hand(given: argparse.Namespace) -> Iterator[None]:
+    """What a URI given as ``--results`` stands for, in a folder of this machine that takes its place meanwhile."""
+    results, use = getattr(given, "results", None), getattr(given, "use", None)
+    if use is None or not isinstance(results, str):
+        yield
+        return
+    from bench.mirror import working_copy
+
+    with working_copy(results, use) as mirror:
+        given.store, given.results, given.mirror = results, mirror.folder, mirror
+        if use == "writes" and not given.tracking_uri:
+            mirror.say("MLflow's SQLite store cannot lie there, and stays in the copy; --tracking-uri names a server.")
+        yield
 
 
 def add_where(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +193,7 @@ def carry_out(
 
     ``name``: of the folder under the results that Ray's log goes to.
     """
-    outcome, summary = follow(writable(given.results) / name / "ray.log", work)
+    outcome, summary = follow(writable(given.results) / name / "ray.log", work, given.mirror)
     return conclude(given, outcome, summary, options, show)
 
 
@@ -237,18 +274,20 @@ def options_of(given: argparse.Namespace) -> Options:
         storage=given.storage,
         gpus_per_trial=given.gpus_per_trial,
         workers_per_trial=given.workers_per_trial,
+        store=given.store,
     )
 
 
-def follow(log: Path, work: Callable[[Say, Watch], T]) -> T:
+def follow(log: Path, work: Callable[[Say, Watch], T], mirror: Mirror | None = None) -> T:
     """Do ``work(say, watch)`` with a live display; what Ray prints meanwhile goes to ``log``.
 
-    ``watch(source)`` shows a source of runs, and returns what is to be called about ten times a second.
+    ``watch(source)`` shows a source of runs, and returns what is to be called about ten times a second. ``mirror``: it
+    speaks there, too.
     """
     from bench.streams import quiet
     from bench.terminal import Progress
 
-    with quiet(log) as (_, err), Progress(err) as bar:
+    with quiet(log) as (_, err), Progress(err) as bar, nullcontext() if mirror is None else mirror.heard_by(bar.say):
 
         def watch(source: Shown) -> Callable[[], None]:
             bar.say(f"{source.name}: {source.outlook()}; Ray's log: {log}")

@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from bench.verbs.common import verb
+from bench.verbs.common import add_kept, verb
 
 #: More characters than any table is wide.
 WIDEST = 10_000
@@ -19,7 +18,7 @@ def add(verbs: Any) -> None:
     p = verb(verbs, "compare", _compare, "set what searches found side by side, with their controls")
     what = "the name of a search, the path of its folder, or a file of rows (.jsonl); differences are to the first"
     p.add_argument("study", nargs="+", metavar="STUDY", help=what)
-    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept")
+    add_kept(p, "reads")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print JSON, for programs; accuracies are fractions of 1")
     how.add_argument("--csv", action="store_true", help="print CSV, in full precision; accuracies are fractions of 1")

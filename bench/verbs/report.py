@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.verbs.common import add_json, verb
+from bench.verbs.common import add_json, add_kept, verb
 
 
 def add(verbs: Any) -> None:
     p = verb(verbs, "report", _report, "make pages of figures and tables from result rows; nothing is run")
     p.add_argument("studies", nargs="*", metavar="STUDY", help="names in the results, folders, or files of rows (all)")
     p.add_argument("--out", type=Path, default=Path("dashboards"), metavar="PATH", help="a folder, or one page's .html")
-    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept")
+    add_kept(p, "reads")
     add_json(p)
 
 

@@ -15,6 +15,7 @@ from bench.verbs.common import (
     carry_out,
     check_name,
     is_benchmark,
+    local_file,
     names,
     numbers,
     options_of,
@@ -57,7 +58,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--config", action="append", default=[], type=Path, metavar="YAML", help="of a rule: a best.yaml")
     p.add_argument("--study", action="append", default=[], metavar="STUDY", help="take the best of this search")
     p.add_argument(
-        "--checkpoint", action="append", default=[], type=Path, metavar="FILE", help="a trained network, as it is"
+        "--checkpoint", action="append", default=[], type=local_file, metavar="FILE", help="a trained network, as it is"
     )
     p.add_argument("--epochs", type=int, metavar="E", help="of each training (else as in the search)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe of all")

@@ -24,7 +24,7 @@ def add_train(verbs: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any other key; coefficients.sparse=1e-3"
     )
     p.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="save the state here after each epoch, and go on from it"
+        "--checkpoint", metavar="FILE", help="save the state here (or at a URI) each epoch, and go on from it"
     )
     p.add_argument("--read-test", action="store_true", help="report test accuracy too: once per configuration")
     add_where(p)
@@ -34,7 +34,7 @@ def add_train(verbs: Any) -> None:
 
 def add_evaluate(verbs: Any) -> None:
     p = verb(verbs, "evaluate", _evaluate, "measure a trained network: accuracy, loss and angles")
-    p.add_argument("checkpoint", type=Path, help="a file that `bench train --checkpoint` wrote")
+    p.add_argument("checkpoint", help="what `bench train --checkpoint` wrote: a file, or a URI")
     p.add_argument("--split", choices=("val", "test"), default="val", help="which examples")
     add_where(p)
     add_json(p)
