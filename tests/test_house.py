@@ -31,6 +31,7 @@ FLOORS = {
     "processes": 0,
     "provenance": 0,
     "worker": 0,
+    "group": 0,
     "director": 0,
     "stores": 0,
     "delivery": 0,
@@ -46,6 +47,7 @@ FLOORS = {
     "recipes": 1,
     "checkpoint": 1,
     "noise": 1,
+    "batch_norm": 1,
     "curves": 1,
     "robustness_summary": 2,
     "learning.scaling": 2,
@@ -105,7 +107,7 @@ GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
-        *("provenance", "doctor", "place", "pace"),
+        *("provenance", "doctor", "place", "pace", "group", "batch_norm"),
     ),
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),
