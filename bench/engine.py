@@ -55,6 +55,7 @@ def run(
     concurrent: int,
     cpus_per_trial: float,
     gpus_per_trial: float = 0.0,
+    workers_per_trial: int = 1,
     log: Path,
     say: Callable[[str], None],
     tick: Callable[[], None] | None = None,
@@ -66,7 +67,9 @@ def run(
     imported here and so in the workers; ``report(epoch, metrics)`` may not return (the trial is stopped).
     An exception in it is its result (status failed) and is not retried; a trial whose worker process
     died is begun again, up to MAX_LOSSES times: to go on from where it was is the trial function's
-    business. ``tick`` is called about ten times a second, and between any two events.
+    business. With ``workers_per_trial`` above 1 each trial is run by so many processes (`bench.distributed`), with
+    ``cpus_per_trial`` for each of them and ``gpus_per_trial`` for all. ``tick`` is called about ten times a second,
+    and between any two events.
 
     Ray's output goes to ``log``; ``say`` and ``tick`` reach the terminal through the streams of a
     `quiet` around this call. SIGINT or SIGTERM: workers are killed, and the answer is "interrupted".
@@ -75,21 +78,23 @@ def run(
     Errors: UserError (too few GPUs, Ray runs already), RepeatedError, and whatever the source raises.
     """
     _check(concurrent, cpus_per_trial, gpus_per_trial)
+    together = {"trial": trial, "workers": workers_per_trial, "gpus": gpus_per_trial} if workers_per_trial > 1 else {}
     with quiet(log), processes.Interrupts() as interrupts:
         director = Director(
             source,
-            trial=trial,
+            trial="bench.distributed:run_together" if together else trial,
+            also=together,
             concurrent=concurrent,
             log=log,
             say=say,
             tick=tick,
             interrupted=lambda: interrupts.raised,
         )
-        with _cluster(concurrent, cpus_per_trial, gpus_per_trial, grace) as folder:
+        with _cluster(concurrent, cpus_per_trial, gpus_per_trial, grace, workers_per_trial) as folder:
             interrupts.arm()
             if not interrupts.raised:
                 # One of Ray's CPUs is one trial, however many cores that has: Ray starts a process for each.
-                resources = {"cpu": 1, "gpu": _floor(gpus_per_trial)}
+                resources = {"cpu": 1, "gpu": 0 if together else _floor(gpus_per_trial)}
                 _tuner(director, resources, folder / "tune").fit()
                 _keep_last_words(folder, log)
     if director.fault is not None:
@@ -217,7 +222,7 @@ def _name(trial: Any) -> str:
 
 
 @contextmanager
-def _cluster(concurrent: int, cpus: float, gpus: float, grace: float) -> Iterator[Path]:
+def _cluster(concurrent: int, cpus: float, gpus: float, grace: float, workers: int = 1) -> Iterator[Path]:
     """A Ray of our own on this machine's loopback, with room for ``concurrent`` trials; yields its folder."""
     variables = _variables(concurrent, cpus)
     with processes.scratch_folder() as folder, processes.environment(variables, also=_SET_BY_RAY):
@@ -225,7 +230,7 @@ def _cluster(concurrent: int, cpus: float, gpus: float, grace: float) -> Iterato
         try:
             ray.init(
                 address="local",
-                num_cpus=concurrent,
+                num_cpus=concurrent if workers == 1 else concurrent * (1 + workers),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,

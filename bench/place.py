@@ -11,7 +11,7 @@ from bench.evaluators.adversarial import ATTACKS
 from bench.noise import SITES
 from bench.provenance import usable_cores
 from bench.stores import check_uri, embedded
-from bench.training import pick_device, prepare, update_levels
+from bench.training import check_together, pick_device, prepare, update_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one of ``concurrent`` trials has of the machine."""
+    """What one of ``concurrent`` trials has of the machine: ``gpus`` in all, ``threads`` in each of its workers."""
 
     concurrent: int
     threads: int
@@ -60,17 +60,18 @@ class Place:
     artifacts: Path | None
 
 
-def share_out(concurrent: int | None, device_type: str) -> Share:
-    """Cores, or GPUs, divided among the trials: on the CPU a trial per core, because one thread wastes nothing."""
+def share_out(concurrent: int | None, device_type: str, workers: int = 1) -> Share:
+    """Cores, or GPUs, divided among the trials: on the CPU a worker per core, because one thread wastes nothing."""
     cores = max(1, int(usable_cores()))
     if device_type != "cuda":
-        trials = concurrent or cores
-        return Share(concurrent=trials, threads=max(1, cores // trials), gpus=0.0)
+        trials = concurrent or max(1, cores // workers)
+        return Share(concurrent=trials, threads=max(1, cores // (trials * workers)), gpus=0.0)
     import torch
 
     gpus = torch.cuda.device_count()
-    trials = concurrent or gpus
-    return Share(concurrent=trials, threads=max(1, cores // trials), gpus=min(1.0, gpus / trials))
+    trials = concurrent or max(1, gpus // workers)
+    threads = max(1, cores // (trials * workers))
+    return Share(concurrent=trials, threads=threads, gpus=min(float(workers), gpus / trials))
 
 
 def survey(options: Options, config: TrialConfig) -> Place:
@@ -79,10 +80,13 @@ def survey(options: Options, config: TrialConfig) -> Place:
     if options.tracking_uri:
         check_uri(uri)
     device = pick_device(options.device).type
-    data = prepare(config, data_dir=options.data_dir, device="cpu").data
+    trial = prepare(config, data_dir=options.data_dir, device="cpu")
+    if options.workers_per_trial > 1:
+        check_together(trial, options.workers_per_trial)
+    data = trial.data
     return Place(
         options=options,
-        share=share_out(options.concurrent, device),
+        share=share_out(options.concurrent, device, options.workers_per_trial),
         dataset=(data.name, data.digest),
         examples={str(split): count for split, count in data.sizes.items()},
         chance=1.0 / data.classes,

@@ -257,6 +257,7 @@ def carry_out(
         concurrent=place.share.concurrent,
         cpus_per_trial=place.share.threads,
         gpus_per_trial=place.share.gpus,
+        workers_per_trial=place.options.workers_per_trial,
         log=log,
         say=say,
         tick=None if watch is None else watch(source),

@@ -67,6 +67,7 @@ FLOORS = {
     "summary": 6,
     "study": 7,
     "engine": 7,
+    "distributed": 7,
     "listing": 7,
     "train": 7,
     "ui": 7,
@@ -107,12 +108,12 @@ GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
-        *("provenance", "doctor", "place", "pace", "group", "batch_norm"),
+        *("provenance", "doctor", "place", "pace", "group", "batch_norm", "distributed"),
     ),
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),
     "matplotlib": ("figures",),
-    "ray": ("engine",),
+    "ray": ("engine", "distributed"),
     "optuna": ("study", "proposals", "choices", "space", "optuna_ui", "pages"),
     "optuna_dashboard": ("optuna_ui",),
     "plotly": ("pages",),
