@@ -172,9 +172,10 @@ class _Team:
 
 
 def _first_line(error: BaseException) -> str:
-    """What has happened, of an error of Ray's, which has many lines."""
+    """What has happened, of an error of Ray's, which has many lines and often another one inside."""
     failures = getattr(error, "worker_failures", None)
     said = next(iter(failures.values())) if failures else error
+    said = getattr(said, "health_check_failure", said)
     return next((line.strip() for line in str(said).splitlines() if line.strip()), type(error).__name__)
 
 

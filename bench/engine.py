@@ -172,7 +172,7 @@ def _cause(errors: str) -> str:
     """
     _, _, last = errors.rpartition("Failure # ")
     lines = [line.strip() for line in last.splitlines()[1:] if line.strip()] or ["no reason given"]
-    return lines[-1] if "ray::" in lines[0] else lines[0]
+    return lines[-1].removeprefix("bench.worker.WorkerLostError: ") if "ray::" in lines[0] else lines[0]
 
 
 class _Stop(tune.Stopper):  # type: ignore[misc]

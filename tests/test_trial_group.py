@@ -1,7 +1,7 @@
 """Whole trials of two processes: what they measure, keep and decide is what one process does, but for rounding.
 
 float32 sums in another order differ by some 1e-7, which a relu near 0, on or off, makes larger here and there: weights
-agree to 1e-5 of the largest in their tensor, or 1e-6, losses to 1e-5, angles to 0.01 degrees, and accuracies exactly.
+move alike to 1e-3, losses agree to 1e-5, angles to 0.01 degrees, and accuracies exactly.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from bench.checkpoint import read_checkpoint
 from bench.config import TrialConfig
 from bench.group import Group
+from bench.learning.rules import parse_rule
+from bench.training import prepare
 from bench.trial import run_trial
 from together import together
 
-#: Of a batch of 33, one process has 16 examples and the other 17; 144 are for validation.
-BASE = {"dataset": "digits", "epochs": 2, "batch_size": 33, "train_examples": 330, "lr": 0.05}
+#: Of a batch of 33, one process has 16 examples and the other 17.
+BASE = {"dataset": "digits", "epochs": 2, "batch_size": 33, "train_examples": 132, "lr": 0.2, "warmup_epochs": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "backprop": {"arch": "resnet20", "rule": "backprop"},
     "feedback": {"arch": "resnet20", "rule": "feedback", "label_smoothing": 0.1},
@@ -40,7 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
         "scaling": "normalized",
         "centered": True,
     },
-    "resnet18": {"arch": "resnet18", "rule": "symmetric", "coefficients": {"decay": 0.5, "self": 0.5}, "epochs": 1},
+    "resnet18": {
+        "arch": "resnet18",
+        "rule": "symmetric",
+        "coefficients": {"decay": 0.5, "self": 0.5},
+        "epochs": 1,
+        "train_examples": 66,
+    },
     "noisy updates": {"rule": "symmetric", "coefficients": {"decay": 0.5, "self": 0.5}, "update_noise": 0.1},
     "networks in step": {"rule": "feedback", "noise_site": "update", "noise_levels": [0.1, 0.5, 1e4]},
     "noisy activations": {
@@ -104,12 +112,19 @@ def compare(here: dict[str, Any], one: dict[str, Any]) -> None:
         assert value == pytest.approx(expected, rel=tolerance, abs=tolerance), name
 
 
-def compare_networks(here: Path, one: Path) -> None:
+def compare_networks(name: str, here: Path, one: Path) -> None:
+    """Within 1e-3 of how far a tensor has moved (and 1e-6 of its size); W and B must have moved much farther.
+
+    (Gains of norms in a residual branch hardly move at first: it starts with a gain of 0 at its end.)
+    """
     states = [read_checkpoint(path)["model"] for path in (here, one)]
-    assert states[0].keys() == states[1].keys()
-    for name, expected in states[1].items():
-        tolerance = max(1e-6, 1e-5 * float(expected.abs().max()))
-        torch.testing.assert_close(states[0][name], expected, rtol=0, atol=tolerance, msg=name)
+    start = prepare(config(name)).model.state_dict()
+    assert states[0].keys() == states[1].keys() == start.keys()
+    for key, expected in states[1].items():
+        size, moved = float(expected.abs().max()), float((expected - start[key]).abs().max())
+        torch.testing.assert_close(states[0][key], expected, rtol=0, atol=1e-3 * moved + 1e-6 * size, msg=key)
+        still = "feedback" in key and (key.startswith("conv1") or not parse_rule(config(name).rule).learns)
+        assert still or expected.dim() < 2 or moved > 3e-5 * size, key
 
 
 @pytest.mark.slow
@@ -130,19 +145,11 @@ def test_two_processes_find_what_one_finds(name: str, two: tuple[list[Any], Path
         assert one["status"] == "diverged"
         assert not (folder / name).exists()
         return
-    compare_networks(folder / name, tmp_path / "one")
+    compare_networks(name, folder / name, tmp_path / "one")
     lanes = sorted(path.name for path in tmp_path.glob("one.*"))
     assert lanes == (["one.1", "one.2"] if name == "networks in step" else [])  # the third diverges at once
     for lane in lanes:
-        compare_networks(folder / lane.replace("one", name), tmp_path / lane)
-
-
-@pytest.mark.slow
-def test_what_was_compared_is_more_than_guessing(two: tuple[list[Any], Path]) -> None:
-    accuracies = {name: found["result"]["metrics"]["val_acc"] for name, found in two[0][0].items()}
-    assert accuracies.pop("diverges") == 0.1
-    assert len(set(accuracies.values())) > 4
-    assert max(accuracies.values()) > 0.2
+        compare_networks(name, folder / lane.replace("one", name), tmp_path / lane)
 
 
 @pytest.mark.slow
@@ -153,6 +160,6 @@ def test_a_checkpoint_of_two_is_one_for_one_and_the_other_way_round(
     whole = run_trial(config("activation"), read_test=True, checkpoint=str(tmp_path / "whole")).to_dict()
     assert read_checkpoint(folder / "begun by two")["epoch"] == 1
     compare(run_trial(config("activation"), read_test=True, checkpoint=str(folder / "begun by two")).to_dict(), whole)
-    compare_networks(folder / "begun by two", tmp_path / "whole")
+    compare_networks("activation", folder / "begun by two", tmp_path / "whole")
     compare(found[0]["begun by one"]["result"], whole)
-    compare_networks(folder / "begun by one", tmp_path / "whole")
+    compare_networks("activation", folder / "begun by one", tmp_path / "whole")
