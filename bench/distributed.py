@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -24,7 +24,6 @@ import torch
 
 from bench.config import TrialConfig, TrialResult
 from bench.group import Group, PeerLostError
-from bench.processes import scratch_folder
 from bench.worker import ElsewhereError, WorkerLostError, failure, function
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -54,6 +53,7 @@ def run_together(
     try:
         return team.run(task, report)
     except (ElsewhereError, WorkerLostError):
+        del _kept[workers, gpus]
         team.end()
         raise
 
@@ -141,18 +141,18 @@ class _Team:
     def _watch(self) -> None:
         reason = "its team has come to an end"
         try:
-            with ExitStack() as stack:
-                self._trainer(str(stack.enter_context(scratch_folder()))).fit()
+            self._trainer().fit()
         except Exception as error:  # noqa: BLE001  (whatever it is, the team is gone: the message says so)
             reason = _first_line(error)
         self._post.send.remote({"lost": f"of {self._workers} that trained it together, one is gone: {reason}"})
 
-    def _trainer(self, folder: str) -> Any:
+    def _trainer(self) -> Any:
         os.environ.update(_VARIABLES)
+        session = ray._private.worker._global_node.get_session_dir_path()  # of Ray's own files, and goes with them
         from ray import train
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        gpus = self._gpus / self._workers
+        gpus = math.floor(self._gpus / self._workers * 10_000) / 10_000  # as Ray counts
         return TorchTrainer(
             _member,
             train_loop_config={"post": self._post},
@@ -165,7 +165,7 @@ class _Team:
             ),
             run_config=train.RunConfig(
                 name=uuid.uuid4().hex,
-                storage_path=folder,
+                storage_path=f"{session}/together",
                 failure_config=train.FailureConfig(max_failures=0),  # the director begins trials again
             ),
         )
