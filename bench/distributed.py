@@ -144,7 +144,7 @@ class _Team:
             self._trainer().fit()
         except Exception as error:  # noqa: BLE001  (whatever it is, the team is gone: the message says so)
             reason = _first_line(error)
-        self._post.send.remote({"lost": f"of {self._workers} that trained it together, one is gone: {reason}"})
+        self._post.send.remote({"lost": f"one of the {self._workers} that trained it together is gone: {reason}"})
 
     def _trainer(self) -> Any:
         os.environ.update(_VARIABLES)

@@ -80,7 +80,7 @@ def _reduce(tensor: Tensor) -> Tensor:
     try:
         distributed.all_reduce(tensor)
     except RuntimeError as error:
-        raise PeerLostError(" ".join(str(error).split())) from error
+        raise PeerLostError("the connection to another process is broken") from error
     return tensor
 
 

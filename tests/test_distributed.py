@@ -83,8 +83,11 @@ def test_a_team_runs_one_after_the_other_and_survives_the_end_of_a_member(
         options |= {"checkpoint": str(tmp_path / f"{uid}.pt"), "threads": 1, "device": "cpu"}
         return engine.Task(uid=uid, config=settings, options=options)
 
+    seconds: dict[str, list[float]] = {}
+
     class Open(Script):
         def reported(self, uid: str, epoch: int, metrics: Any) -> bool:
+            seconds.setdefault(uid, []).append(metrics["seconds"])
             return super().reported(uid, epoch, {"val_acc": metrics["val_acc"]})
 
     tasks = [
@@ -114,10 +117,11 @@ def test_a_team_runs_one_after_the_other_and_survives_the_end_of_a_member(
         "after": "finished",
     }
     assert [line.partition(" (")[0] for line in said] == ["killed: lost its worker process"]
-    assert "of 2 that trained it together, one is gone" in said[0]
+    assert "(one of the 2 that trained it together is gone: " in said[0]
     assert (tmp_path / "killed.pt.died").exists()
     assert (results["wrong"].reason or "").startswith("ZeroDivisionError: in one of them (fake_trials.py")
-    assert script.epochs_of("killed") == [1, 2, 3]
+    assert script.epochs_of("killed") == [1, 2, 1, 2, 3]  # what was known is reported again,
+    assert seconds["killed"][:2] == seconds["killed"][2:4]  # and was not trained again
     for uid in ("killed", "after"):
         one = run_trial(results[uid].config, threads=1, device="cpu")
         assert results[uid].provenance["workers"] == 2
