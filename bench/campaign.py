@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.choices import OBJECTIVES
-from bench.config import StudyConfig, TrialConfig, TrialResult
+from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.learning.rules import parse_rule
 from bench.place import Place
@@ -117,10 +117,10 @@ class Campaign(Runs):
 
     def next(self) -> Task | Wait | None:
         while proposal := self._study.ask():
-            if proposal.uid in self._done:  # killed between the row and the tell
-                self._study.tell(proposal.uid, result_of(self._done[proposal.uid]))
-                continue
             config = trial_config(self.config, self._space.changes(proposal.params))
+            if proposal.uid in self._done:  # killed between the row and the tell
+                self._study.tell(proposal.uid, self._known(proposal.uid, config))
+                continue
             return self._task(proposal.uid, Planned(config=config, kind="search"))
         if any(self._open(self.control_tasks())):
             self._done |= self._row_files["control"].by_uid()  # another search may have run some meanwhile
@@ -131,6 +131,16 @@ class Campaign(Runs):
         for uid, plan in self._open(self.confirm_tasks()):
             return self._task(uid, plan)
         return WAIT if self.awaits_controls() else None
+
+    def _known(self, uid: str, config: TrialConfig) -> TrialResult:
+        """The trial's result, from its row; UserError if that is of another trial, of a journal that is lost."""
+        result = result_of(self._done[uid])
+        if result.config != config:
+            raise UserError(
+                f"study {self.config.name!r}: the row {uid} is of other coefficients than the journal's; restore the "
+                "journal.log that belongs to rows.jsonl, or begin again under another --name."
+            )
+        return result
 
     def awaits_controls(self) -> bool:
         """Whether another search of the same programme has a control of ours under way."""

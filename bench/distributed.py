@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import threading
 import uuid
@@ -39,21 +38,21 @@ _PATIENCE = 20.0
 
 
 def run_together(
-    config: TrialConfig, report: Report, *, trial: str, workers: int, gpus: float = 0.0, **options: Any
+    config: TrialConfig, report: Report, *, trial: str, members: list[dict[str, float]], **options: Any
 ) -> TrialResult:
-    """What ``trial(config, report, **options)`` returns, run by ``workers`` processes that share each batch.
+    """What ``trial(config, report, **options)`` returns, run by several processes that share each batch.
 
     ``trial``, as module:function, takes the `bench.group.Group` of its process as ``group`` besides; all are called
-    alike. ``gpus``: of all together.
+    alike. ``members``: Ray's resources of each of the processes, all the same.
 
     ElsewhereError for an exception in any of them, WorkerLostError if one of them is gone.
     """
-    team = _team(workers, gpus)
+    team = _team(members)
     task = json.dumps({"trial": trial, "config": config.to_dict(), "options": options})
     try:
         return team.run(task, report)
     except (ElsewhereError, WorkerLostError):
-        del _kept[workers, gpus]
+        _kept.remove(team)
         team.end()
         raise
 
@@ -86,23 +85,22 @@ class _Post:
         return await self._answers.get()
 
 
-_kept: dict[tuple[int, float], _Team] = {}
+_kept: list[_Team] = []
 
 
-def _team(workers: int, gpus: float) -> _Team:
+def _team(members: list[dict[str, float]]) -> _Team:
     """The one of this process."""
-    team = _kept.get((workers, gpus))
-    if team is None or not team.alive:
-        team = _kept[workers, gpus] = _Team(workers, gpus)
-    return team
+    if not (_kept and _kept[0].alive):
+        _kept[:] = [_Team(members)]
+    return _kept[0]
 
 
 class _Team:
     """Members that wait for tasks, and the thread that has Ray Train watch them."""
 
-    def __init__(self, workers: int, gpus: float) -> None:
-        self._workers, self._gpus = workers, gpus
-        self._post = ray.remote(num_cpus=0)(_Post).remote(workers)
+    def __init__(self, members: list[dict[str, float]]) -> None:
+        self._workers, self._each = len(members), members[0]
+        self._post = ray.remote(num_cpus=0)(_Post).remote(self._workers)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -152,7 +150,7 @@ class _Team:
         from ray import train
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        gpus = math.floor(self._gpus / self._workers * 10_000) / 10_000  # as Ray counts
+        gpus = self._each.get("GPU", 0)
         return TorchTrainer(
             _member,
             train_loop_config={"post": self._post},
@@ -161,7 +159,7 @@ class _Team:
             scaling_config=train.ScalingConfig(
                 num_workers=self._workers,
                 use_gpu=gpus > 0,
-                resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
+                resources_per_worker=self._each,
             ),
             run_config=train.RunConfig(
                 name=uuid.uuid4().hex,
@@ -216,4 +214,4 @@ def _take_part(task: dict[str, Any], post: Any, group: Group) -> None:
         ray.get(post.send.remote(failure(config, error)))
         raise
     if group.rank == 0:
-        ray.get(post.send.remote({"result": result.to_dict(), "where": "", "traceback": ""}))
+        ray.get(post.send.remote({"result": result.to_dict(), "where": "", "traceback": "", "blame": ""}))

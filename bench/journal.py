@@ -8,8 +8,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bench.config import UserError
+from bench.disk import disk_error, on_disk
 
 #: What a folder under the results can be of, by the file that says so.
 BOOKS = {
@@ -56,8 +58,12 @@ def claim(folder: Path) -> int:
         raise UserError(
             f"cannot lock {folder} ({error.strerror}); choose a --results folder on a local disk."
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise disk_error(folder / "lock", error) from error
     return descriptor
 
 
@@ -78,10 +84,15 @@ def mend(journal: Path, say: Callable[[str], None]) -> None:
     that Optuna's process died with (a symbolic link, for which the next would wait 30 s) is removed. A
     UserError if any other line is damaged.
     """
-    for remains in (journal.with_name(f"{journal.name}.lock"), *journal.parent.glob(f"{journal.name}.lock*.rename")):
-        remains.unlink(missing_ok=True)
-    if not journal.exists():
-        return
+    with on_disk(journal):
+        remains = (journal.with_name(f"{journal.name}.lock"), *journal.parent.glob(f"{journal.name}.lock*.rename"))
+        for path in remains:
+            path.unlink(missing_ok=True)
+        if journal.exists():
+            _cut(journal, say)
+
+
+def _cut(journal: Path, say: Callable[[str], None]) -> None:
     whole, lines = 0, journal.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if _is_whole(line):
@@ -103,3 +114,29 @@ def _is_whole(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+class WholeLines:
+    """Around Optuna's backend of a journal in a file: what is appended is written whole, or not at all.
+
+    Optuna's own leaves a part of a line where the disk is full, and begins a new file where the journal is gone.
+    Errors: DiskError, whatever it was.
+    """
+
+    def __init__(self, journal: Path, backend: Callable[[str], Any]) -> None:
+        self._journal = journal
+        with on_disk(journal):
+            self._backend = backend(str(journal))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with on_disk(self._journal):
+            size = self._journal.stat().st_size
+            try:
+                self._backend.append_logs(logs)
+            except Exception:
+                os.truncate(self._journal, size)
+                raise
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        with on_disk(self._journal, "read"):
+            yield from self._backend.read_logs(log_number_from)

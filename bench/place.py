@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.config import TrialConfig
+from bench.config import TrialConfig, UserError
 from bench.evaluators.adversarial import ATTACKS
+from bench.joining import check_address
 from bench.noise import SITES
 from bench.provenance import usable_cores
 from bench.stores import check_uri, embedded
@@ -35,9 +36,12 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one of ``concurrent`` trials has of the machine: ``gpus`` in all, ``threads`` in each of its workers."""
+    """What one of ``concurrent`` trials has of the machine; None: there are as many as a cluster has room for.
 
-    concurrent: int
+    ``threads`` in each of its workers, ``gpus`` for all of them.
+    """
+
+    concurrent: int | None
     threads: int
     gpus: float
 
@@ -60,18 +64,29 @@ class Place:
     artifacts: Path | None
 
 
-def share_out(concurrent: int | None, device_type: str, workers: int = 1) -> Share:
-    """Cores, or GPUs, divided among the trials: on the CPU a worker per core, because one thread wastes nothing."""
+def share_out(options: Options, device_type: str) -> Share:
+    """Cores, or GPUs, divided among the trials: on the CPU a worker per core, because one thread wastes nothing.
+
+    Each worker has a GPU of its own, unless ``gpus_per_trial`` says otherwise. In a cluster that is joined there are as
+    many trials as it has room for, with one core for each worker. UserError for a share of GPUs where there is none.
+    """
+    concurrent, gpus, workers = options.concurrent, options.gpus_per_trial, options.workers_per_trial
+    if device_type != "cuda" and gpus:
+        raise UserError(
+            f"--gpus-per-trial {gpus:g} has no effect on {device_type}; leave it out, or use --device cuda."
+        )
+    if options.address is not None:
+        return Share(concurrent=concurrent, threads=1, gpus=(gpus or float(workers)) if device_type == "cuda" else 0.0)
     cores = max(1, int(usable_cores()))
     if device_type != "cuda":
         trials = concurrent or max(1, cores // workers)
         return Share(concurrent=trials, threads=max(1, cores // (trials * workers)), gpus=0.0)
     import torch
 
-    gpus = torch.cuda.device_count()
-    trials = concurrent or max(1, gpus // workers)
+    found = torch.cuda.device_count()
+    trials = concurrent or (int(found / gpus + 1e-9) if gpus else found // workers) or 1
     threads = max(1, cores // (trials * workers))
-    return Share(concurrent=trials, threads=threads, gpus=min(float(workers), gpus / trials))
+    return Share(concurrent=trials, threads=threads, gpus=gpus or min(float(workers), found / trials))
 
 
 def survey(options: Options, config: TrialConfig) -> Place:
@@ -79,14 +94,18 @@ def survey(options: Options, config: TrialConfig) -> Place:
     uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
     if options.tracking_uri:
         check_uri(uri)
-    device = pick_device(options.device).type
+    if options.address is not None:
+        check_address(options.address)
+    # the machines of a cluster may have what this one lacks
+    elsewhere = options.address is not None and options.device != "auto"
+    device = options.device.partition(":")[0] if elsewhere else pick_device(options.device).type
     trial = prepare(config, data_dir=options.data_dir, device="cpu")
     if options.workers_per_trial > 1:
         check_together(trial, options.workers_per_trial)
     data = trial.data
     return Place(
         options=options,
-        share=share_out(options.concurrent, device, options.workers_per_trial),
+        share=share_out(options, device),
         dataset=(data.name, data.digest),
         examples={str(split): count for split, count in data.sizes.items()},
         chance=1.0 / data.classes,

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from bench.choices import OBJECTIVES, PATIENCE, SAMPLERS, SCHEDULERS, check_choices
 from bench.config import StudyConfig, TrialResult, UserError
 from bench.front import spread
-from bench.journal import claim, mend
+from bench.journal import WholeLines, claim, mend
 from bench.proposals import Conditions, Distributions, budget, check_warm, is_diverged, propose
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -126,7 +126,7 @@ class Study:
         try:
             journal = folder / "journal.log"
             mend(journal, say)
-            storage = JournalStorage(JournalFileBackend(str(journal)))
+            storage = JournalStorage(WholeLines(journal, JournalFileBackend))
             _check_name(storage, config.name, folder)
             study = cls(folder, config, distributions, conditions, chance, storage)
             study._check_settings()

@@ -38,7 +38,8 @@ class Tracker:
     are finished already, ``headline``, ``artifacts``, ``close``.
     """
 
-    def __init__(self, store: Store, delivery: Delivery, uri: str) -> None:
+    def __init__(self, store: Store, delivery: Delivery, uri: str, say: Callable[[str], None]) -> None:
+        self._say = say
         self._store = store
         self._delivery = delivery
         self._uri = uri
@@ -66,7 +67,7 @@ class Tracker:
         check_uri(uri)
         store = Store(uri, artifacts, experiment)
         delivery = Delivery(store.deliver, spool=Spool(spool, digest(uri)), name=f"MLflow at {shown(uri)}", say=say)
-        return cls(store, delivery, uri)
+        return cls(store, delivery, uri, say)
 
     def study(
         self,
@@ -197,7 +198,12 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
+        try:
+            self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
+        except UserError as lost:
+            if kind is None:
+                raise
+            self._say(str(lost))  # what ended the study comes first: this may well follow from it
 
     def _put(self, op: str, **values: Any) -> None:
         if not self._study:

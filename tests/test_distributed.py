@@ -15,7 +15,7 @@ import pytest
 
 from bench import engine, processes
 from bench.config import TrialConfig, UserError
-from bench.place import share_out
+from bench.place import Options, Share, share_out
 from bench.trial import run_trial
 from bench.worker import ElsewhereError, Running, WorkerLostError
 from engine_script import Script
@@ -54,16 +54,18 @@ def test_what_failed_in_another_process_is_the_result_as_it_was_there() -> None:
 def test_workers_share_what_a_trial_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.place.usable_cores", lambda: 8.0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [(s.concurrent, s.threads) for s in (share_out(None, "cpu", w) for w in (1, 2, 3, 16))] == [
-        (8, 1),
-        (4, 1),
-        (2, 1),
-        (1, 1),
-    ]
-    assert share_out(1, "cpu", 2).threads == 4
-    pairs = share_out(None, "cuda", 2)
+
+    def share(device: str, **options: Any) -> Share:
+        return share_out(Options(**options), device)
+
+    cores = [share("cpu", workers_per_trial=w) for w in (1, 2, 3, 16)]
+    assert [(s.concurrent, s.threads) for s in cores] == [(8, 1), (4, 1), (2, 1), (1, 1)]
+    assert share("cpu", concurrent=1, workers_per_trial=2).threads == 4
+    pairs = share("cuda", workers_per_trial=2)
     assert (pairs.concurrent, pairs.gpus, pairs.threads) == (2, 2.0, 2)
-    assert share_out(4, "cuda", 2).gpus == 1.0  # half a GPU for each worker
+    assert share("cuda", concurrent=4, workers_per_trial=2).gpus == 1.0  # half a GPU for each worker
+    assert share("cuda", gpus_per_trial=1.0, workers_per_trial=2).concurrent == 4
+    assert share("cuda", address="127.0.0.1:1", workers_per_trial=2).gpus == 2.0
 
 
 def config(**changes: Any) -> TrialConfig:
