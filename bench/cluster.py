@@ -49,11 +49,24 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What is asked of a cluster: trials at a time (None: as many as there is room for), and what each one takes."""
+    """What is asked of a cluster: trials at a time (None: as many as there is room for), and what each one takes.
+
+    ``cpus`` are of each of the ``workers`` that train it, ``gpus`` of all of them.
+    """
 
     concurrent: int | None
     cpus: float
     gpus: float = 0.0
+    workers: int = 1
+
+    def each(self, cpus: float) -> dict[str, float]:
+        """Ray's resources of one worker."""
+        share = floor(self.gpus / self.workers)
+        return {"CPU": cpus, **({"GPU": share} if share else {})}
+
+    def trial(self, cpus: float) -> dict[str, float]:
+        """Ray's resources of a trial; one of several workers has next to nothing beside them, but not nothing."""
+        return {"cpu": cpus, "gpu": floor(self.gpus)} if self.workers == 1 else {"cpu": 0, "memory": 1}
 
     def check(self) -> None:
         """UserError for what cannot be."""
@@ -68,12 +81,14 @@ class Needs:
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """A cluster in use. ``resources``: Ray's, of one trial. ``room``: how many trials there is place for now.
+    ``members``: Ray's resources of each of the workers, where several train one network.
 
     ``kill``: end the processes of these actors at once, without asking.
     """
 
     folder: Path
     resources: dict[str, float]
+    members: list[dict[str, float]]
     room: Callable[[], int]
     kill: Callable[[list[Any]], None]
 
@@ -120,7 +135,7 @@ def _own(needs: Needs, grace: float) -> Iterator[Cluster]:
         try:
             ray.init(
                 address="local",
-                num_cpus=concurrent,
+                num_cpus=concurrent * needs.workers,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -130,7 +145,8 @@ def _own(needs: Needs, grace: float) -> Iterator[Cluster]:
             check_gpus(concurrent, needs.gpus)
             yield Cluster(
                 folder=folder,
-                resources={"cpu": 1, "gpu": floor(needs.gpus)},
+                resources=needs.trial(1),
+                members=[needs.each(1)] * needs.workers,
                 room=lambda: concurrent,
                 kill=lambda actors: processes.kill_titled("ray::"),  # noqa: ARG005
             )
@@ -184,7 +200,8 @@ def _joined(needs: Needs, address: str, shared: Path, say: Say) -> Iterator[Clus
             nodes.check(address)
             yield Cluster(
                 folder=folder,
-                resources={"cpu": needs.cpus, "gpu": floor(needs.gpus)},
+                resources=needs.trial(needs.cpus),
+                members=[needs.each(needs.cpus)] * needs.workers,
                 room=nodes.room,
                 kill=_kill,
             )
@@ -249,10 +266,10 @@ class Nodes:
             marker.unlink()
 
     def room(self) -> int:
-        """How many trials the nodes that are there have place for; of each node by itself, for a trial is on one."""
+        """How many trials the nodes that are there have place for; of each node by itself, for a worker is on one."""
         if time.monotonic() - self._looked > _LOOK:
             nodes = self._alive()
-            self._room = sum(self._places(node["Resources"]) for node in nodes)
+            self._room = sum(self._places(node["Resources"]) for node in nodes) // self._needs.workers
             self._looked = time.monotonic()
             self._tell({node["NodeID"]: node["NodeManagerAddress"] for node in nodes})
         return self._room if self._needs.concurrent is None else min(self._room, self._needs.concurrent)
@@ -274,7 +291,7 @@ class Nodes:
 
     def _places(self, resources: dict[str, float]) -> int:
         places = resources.get("CPU", 0.0) / self._needs.cpus
-        if share := floor(self._needs.gpus):
+        if share := floor(self._needs.gpus / self._needs.workers):
             places = min(places, resources.get("GPU", 0.0) / share)
         return int(places + 1e-9)
 

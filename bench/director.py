@@ -108,7 +108,9 @@ class Director:
         say: Callable[[str], None],
         tick: Callable[[], None] | None,
         interrupted: Callable[[], bool],
+        also: Mapping[str, Any] | None = None,
     ) -> None:
+        self._also = also or {}  # options of the trial function that all tasks have
         self._source, self._trial, self._room, self._log = source, trial, room, log
         self._say, self._tick, self._interrupted = say, tick, interrupted
         self.live: dict[str, _Live] = {}
@@ -140,7 +142,8 @@ class Director:
             return None
         self.live[trial_id] = live
         task = live.task
-        return {"task": json.dumps({"trial": self._trial, "config": task.config.to_dict(), "options": task.options})}
+        options = {**task.options, **self._also}
+        return {"task": json.dumps({"trial": self._trial, "config": task.config.to_dict(), "options": options})}
 
     def _next(self) -> _Live | None:
         if self._again:

@@ -43,6 +43,7 @@ def run(
     concurrent: int | None,
     cpus_per_trial: float,
     gpus_per_trial: float = 0.0,
+    workers_per_trial: int = 1,
     address: str | None = None,
     log: Path,
     say: Callable[[str], None],
@@ -59,7 +60,8 @@ def run(
     An exception in it is its result (status failed) and is not retried; a trial whose worker process or
     node died is begun again, up to MAX_LOSSES times, and so is one that ran out of a GPU's memory beside
     others, of which there is then one fewer at a time: to go on from where it was is the trial function's
-    business. ``tick`` is called about ten times a second, and between any two events.
+    business. Of several ``workers_per_trial`` (`bench.distributed`) each has the CPUs, and all together the GPUs.
+    ``tick`` is called about ten times a second, and between any two events.
 
     Ray's output goes to ``log``; ``say`` and ``tick`` reach the terminal through the streams of a
     `quiet` around this call. SIGINT or SIGTERM: workers are killed, and the answer is "interrupted".
@@ -67,7 +69,7 @@ def run(
 
     Errors: UserError (too few GPUs, Ray runs already, no such cluster), RepeatedError, and whatever the source raises.
     """
-    needs = Needs(concurrent=concurrent, cpus=cpus_per_trial, gpus=gpus_per_trial)
+    needs = Needs(concurrent=concurrent, cpus=cpus_per_trial, gpus=gpus_per_trial, workers=workers_per_trial)
     needs.check()
     with (
         quiet(log),
@@ -76,7 +78,7 @@ def run(
     ):
         director = Director(
             source,
-            trial=trial,
+            **_trial(trial, place),
             room=place.room,
             log=log,
             say=say,
@@ -150,7 +152,7 @@ def _cause(errors: str) -> str:
     """
     _, _, last = errors.rpartition("Failure # ")
     lines = [line.strip() for line in last.splitlines()[1:] if line.strip()] or ["no reason given"]
-    cause = lines[-1] if "ray::" in lines[0] else lines[0]
+    cause = lines[-1].removeprefix("bench.worker.WorkerLostError: ") if "ray::" in lines[0] else lines[0]
     return cause if len(cause) <= _LONGEST_CAUSE else f"{cause[:_LONGEST_CAUSE]}..."
 
 
@@ -210,6 +212,13 @@ def _tuner(director: Director, place: Cluster) -> Any:
 
 def _name(trial: Any) -> str:
     return str(trial.trial_id)
+
+
+def _trial(trial: str, place: Cluster) -> dict[str, Any]:
+    """The trial function, and the options that all its calls have."""
+    if len(place.members) == 1:
+        return {"trial": trial}
+    return {"trial": "bench.distributed:run_together", "also": {"trial": trial, "members": place.members}}
 
 
 def _keep_last_words(folder: Path, log: Path) -> None:

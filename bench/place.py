@@ -13,7 +13,7 @@ from bench.noise import SITES
 from bench.objects import child
 from bench.provenance import usable_cores
 from bench.stores import check_storage, check_uri, embedded
-from bench.training import pick_device, prepare, update_levels
+from bench.training import check_together, pick_device, prepare, update_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one of ``concurrent`` trials has of the machine; None: there are as many as a cluster has room for."""
+    """What one of ``concurrent`` trials has of the machine; None: there are as many as a cluster has room for.
+
+    ``threads`` in each of its workers, ``gpus`` for all of them.
+    """
 
     concurrent: int | None
     threads: int
@@ -74,27 +77,28 @@ class Place:
 
 
 def share_out(options: Options, device_type: str) -> Share:
-    """Cores, or GPUs, divided among the trials: on the CPU a trial per core, because one thread wastes nothing.
+    """Cores, or GPUs, divided among the trials: on the CPU a worker per core, because one thread wastes nothing.
 
-    A GPU's trials are one each, unless ``gpus_per_trial`` says otherwise. In a cluster that is joined there are as many
-    trials as it has room for, with one core each. UserError for a share of GPUs where there is none.
+    Each worker has a GPU of its own, unless ``gpus_per_trial`` says otherwise. In a cluster that is joined there are as
+    many trials as it has room for, with one core for each worker. UserError for a share of GPUs where there is none.
     """
-    concurrent, gpus = options.concurrent, options.gpus_per_trial
+    concurrent, gpus, workers = options.concurrent, options.gpus_per_trial, options.workers_per_trial
     if device_type != "cuda" and gpus:
         raise UserError(
             f"--gpus-per-trial {gpus:g} has no effect on {device_type}; leave it out, or use --device cuda."
         )
     if options.address is not None:
-        return Share(concurrent=concurrent, threads=1, gpus=(gpus or 1.0) if device_type == "cuda" else 0.0)
+        return Share(concurrent=concurrent, threads=1, gpus=(gpus or float(workers)) if device_type == "cuda" else 0.0)
     cores = max(1, int(usable_cores()))
     if device_type != "cuda":
-        trials = concurrent or cores
-        return Share(concurrent=trials, threads=max(1, cores // trials), gpus=0.0)
+        trials = concurrent or max(1, cores // workers)
+        return Share(concurrent=trials, threads=max(1, cores // (trials * workers)), gpus=0.0)
     import torch
 
     found = torch.cuda.device_count()
-    trials = concurrent or (int(found / gpus + 1e-9) if gpus else found) or 1
-    return Share(concurrent=trials, threads=max(1, cores // trials), gpus=gpus or min(1.0, found / trials))
+    trials = concurrent or (int(found / gpus + 1e-9) if gpus else found // workers) or 1
+    threads = max(1, cores // (trials * workers))
+    return Share(concurrent=trials, threads=threads, gpus=gpus or min(float(workers), found / trials))
 
 
 def survey(options: Options, config: TrialConfig) -> Place:
@@ -109,7 +113,10 @@ def survey(options: Options, config: TrialConfig) -> Place:
     # the machines of a cluster may have what this one lacks
     elsewhere = options.address is not None and options.device != "auto"
     device = options.device.partition(":")[0] if elsewhere else pick_device(options.device).type
-    data = prepare(config, data_dir=options.data_dir, device="cpu").data
+    trial = prepare(config, data_dir=options.data_dir, device="cpu")
+    if options.workers_per_trial > 1:
+        check_together(trial, options.workers_per_trial)
+    data = trial.data
     return Place(
         options=options,
         share=share_out(options, device),

@@ -16,6 +16,7 @@ from bench.config import TrialConfig, TrialResult, UserError
 from bench.evaluators.accuracy import BATCH
 from bench.evaluators.adversarial import ATTACKS, adversarial_accuracy
 from bench.evaluators.robustness import noisy_accuracy
+from bench.group import Group
 from bench.training import Trial, prepare
 from bench.trial import Report, provenance_of, run_trial
 
@@ -26,6 +27,7 @@ def run_probe(
     *,
     network: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    group: Group | None = None,
     **options: Any,
 ) -> TrialResult:
     """Train (``evaluation`` is None: `run_trial` with ``options``), or evaluate the network kept in this checkpoint.
@@ -33,10 +35,11 @@ def run_probe(
     A network that is not there, or not to its last epoch, is trained first; but a user's own, of which ``evaluation``
     has the digest as ``file``, is measured as it is: UserError if it changed. The result of an evaluation has
     ``test_acc`` (the mean over draws; of an attack: over the attacked examples), ``test_acc_se`` (its standard error
-    over draws) and how many draws or examples it is from.
+    over draws) and how many draws or examples it is from. ``group``: its processes train together; the first of them
+    evaluates, and the others' result is empty.
     """
     if evaluation is None or network is None:
-        return run_trial(config, report, **options)
+        return run_trial(config, report, **options, group=group)
     started = time.perf_counter()
     where = {name: options[name] for name in ("data_dir", "device") if name in options}
     path = checkpoint_file(network)
@@ -44,7 +47,7 @@ def run_probe(
         if not isinstance(path, Path) or not path.exists() or digest_of(path) != evaluation["file"]:
             raise UserError(f"{path} was changed or removed after the measurement began; restore it, or start again.")
     elif not path.exists() or read_checkpoint(path)["epoch"] < config.epochs:
-        trained = run_trial(config, report, **{**options, "checkpoint": network})
+        trained = run_trial(config, report, **{**options, "checkpoint": network}, group=group)
         if trained.status == "diverged":
             return TrialResult(
                 config=config,
@@ -54,9 +57,11 @@ def run_probe(
                 evaluation=dict(evaluation),
                 provenance=trained.provenance,
             )
+    if group is not None and group.rank > 0:
+        return TrialResult(config=config, status="finished")
     if threads := options.get("threads"):
         torch.set_num_threads(threads)
-    trial = prepare(config, **where)
+    trial = prepare(config, **where, group=group)
     weights = read_checkpoint(path, trial.device)["model"]
     load_weights(path, trial.model, weights)
     with trial.autocast():

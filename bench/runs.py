@@ -260,6 +260,7 @@ def carry_out(
         concurrent=place.share.concurrent,
         cpus_per_trial=place.share.threads,
         gpus_per_trial=place.share.gpus,
+        workers_per_trial=place.options.workers_per_trial,
         address=place.options.address,
         log=log,
         say=say,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.batch_norm import check_norms, share_norms
 from bench.config import TrialConfig, UserError, digest
 from bench.datasets import ImageData, load
+from bench.group import Group
 from bench.learning.convert import Conversion, convert
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.rules import Rule, parse_rule
@@ -34,7 +37,10 @@ class Diverged(Exception):  # noqa: N818  (an outcome, not an error)
 
 @dataclass
 class Trial:
-    """What one run needs, made from its configuration; ``epoch`` epochs of it are done."""
+    """What one run needs, made from its configuration; ``epoch`` epochs of it are done.
+
+    ``group``: of the processes that train it, if there are several; each has the same network.
+    """
 
     config: TrialConfig
     data: ImageData
@@ -45,6 +51,7 @@ class Trial:
     conversion: Conversion
     bf16: bool
     noise: UpdateNoise | None = None
+    group: Group | None = None
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     #: a fixed sample of the validation split, normalised, by which the angles are measured
@@ -54,7 +61,9 @@ class Trial:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
 
-def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "auto") -> Trial:
+def prepare(
+    config: TrialConfig, *, data_dir: str | None = None, device: str = "auto", group: Group | None = None
+) -> Trial:
     """Everything that the run needs, from the seeds alone; UserError for what does not fit together."""
     rule = parse_rule(config.rule)
     coefficients = resolve_coefficients(config, rule)
@@ -72,6 +81,8 @@ def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "
         image_size=size or config.image_size,
     )
     data.steps("train", config.batch_size)
+    if group is not None:
+        group = group.over(config.batch_size // config.accumulate)
     stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
     model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
     conversion = convert(
@@ -82,23 +93,40 @@ def prepare(config: TrialConfig, *, data_dir: str | None = None, device: str = "
         centered=config.centered,
         seed=config.seed + 2**31,  # not the stream that drew W
     )
+    if group is not None:
+        share_norms(model, group)
     model.to(where)
     if where.type == "cuda":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     groups = parameter_groups(
         model, lr=config.lr, weight_decay=config.weight_decay, feedback_lr_factor=config.feedback_lr_factor
     )
-    for group in groups:
-        group["full_lr"] = group["lr"]
+    for settings in groups:
+        settings["full_lr"] = settings["lr"]
     # fused: one pass over the weights instead of four, which at small batches is a sixth of a step on a CPU
     optimizer = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
     )
-    learner = FeedbackLearner(model, optimizer)
+    learner = FeedbackLearner(model, optimizer, group)
     noise = (
         UpdateNoise(optimizer, sigma=config.update_noise, on=config.update_noise_on) if config.update_noise else None
     )
-    return Trial(config, data, where, model, optimizer, learner, conversion, bf16, noise)
+    return Trial(config, data, where, model, optimizer, learner, conversion, bf16, noise, group)
+
+
+def check_together(trial: Trial, workers: int) -> None:
+    """UserError if so many workers would not train this network as one does; ``trial`` is of no use afterwards."""
+    config, data = trial.config, trial.data
+    Group(rank=0, size=workers).over(config.batch_size // config.accumulate)
+    check_norms(trial.model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        trial.model.train()(torch.zeros(2, data.channels, data.image_size, data.image_size))
+        if not torch.equal(torch.get_rng_state(), before):
+            raise UserError(
+                f"arch {config.arch!r} draws random numbers as it trains (dropout or its like), and {workers} workers "
+                "would draw others than one does; leave out --workers-per-trial, or take another arch."
+            )
 
 
 def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
@@ -197,7 +225,7 @@ def train_epoch(trial: Trial) -> dict[str, float]:
 
 
 def _train_epoch(trial: Trial) -> dict[str, float]:
-    config, model, optimizer = trial.config, trial.model, trial.optimizer
+    config, model, optimizer, group = trial.config, trial.model, trial.optimizer, trial.group
     steps = trial.data.steps("train", config.batch_size)
     model.train()
     total = torch.zeros((), device=trial.device)
@@ -205,15 +233,19 @@ def _train_epoch(trial: Trial) -> dict[str, float]:
         progress = trial.epoch + index / steps
         weights_learn, trial.learner.on = who_learns(config, trial.epoch * steps + index, progress)
         factor = lr_factor(config, trial.epoch + (index + 0.5) / steps)  # neither the first nor the last step is 0
-        for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * factor
+        for settings in optimizer.param_groups:
+            settings["lr"] = settings["full_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
         for part, answers in zip(pixels.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
             with trial.autocast():
                 logits = model(part)
             loss = F.cross_entropy(logits.float(), answers, label_smoothing=config.label_smoothing) / config.accumulate
+            if group is not None:
+                loss = loss * group.share
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        if group is not None and weights_learn:
+            group.add_up(p.grad for p in model.parameters() if p.grad is not None)
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not weights_learn:
@@ -222,12 +254,13 @@ def _train_epoch(trial: Trial) -> dict[str, float]:
         if trial.noise is not None:
             trial.noise.add()
         if index % LOOK == LOOK - 1 or index == steps - 1:
-            _check(total.item() / (index + 1), trial)
-    return {"train_loss": total.item() / steps, "lr": config.lr * factor}
+            whole = (total if group is None else group.sum(total)).item()
+            _check(whole / (index + 1), trial)
+    return {"train_loss": whole / steps, "lr": config.lr * factor}
 
 
 def _training_batches(trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
-    config, data = trial.config, trial.data
+    config, data, group = trial.config, trial.data, trial.group
     layout = torch.channels_last if trial.device.type == "cuda" else torch.contiguous_format
     for pixels, labels in data.batches(
         "train",
@@ -236,6 +269,7 @@ def _training_batches(trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
         seed=config.seed,
         epoch=trial.epoch,
         augment=config.augment,
+        pick=None if group is None else partial(group.pick, pieces=config.accumulate),
     ):
         yield data.normalize(pixels).contiguous(memory_format=layout), labels
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
 from bench.evaluators.alignment import error_alignment, weight_alignment
 from bench.evaluators.robustness import noisy_accuracy
+from bench.group import Group
 from bench.provenance import provenance
 from bench.training import Diverged, Trial, prepare, train_epoch
 
@@ -36,6 +37,7 @@ def run_trial(
     checkpoint: str | None = None,
     read_test: bool = False,
     threads: int | None = None,
+    group: Group | None = None,
 ) -> TrialResult:
     """Train and evaluate one network; with ``noise_site = "update"`` one for each level of noise, in step.
 
@@ -44,13 +46,16 @@ def run_trial(
     protocol reads the test split once, for a confirmed configuration. ``threads``: of torch on the CPU; None leaves
     torch's own.
 
+    ``group``: this is one of several processes that train the networks together, all called alike and with the same
+    checkpoint, which the first of them writes; each reports, and returns, the same.
+
     A run that diverges is a result: status ``diverged``, its reason, chance as accuracy. UserError for a
     configuration that cannot be run.
     """
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    lanes = _lanes(config, data_dir, device, checkpoint)
+    lanes = _lanes(config, data_dir, device, checkpoint, group)
     status: Status = "finished"
     reason, tested, history = None, dict[str, float](), list[dict[str, float]]()
     try:
@@ -101,7 +106,7 @@ class _Lane:
                     raise
                 self.lost = True
             else:
-                if self.path is not None:
+                if self.path is not None and (trial.group is None or trial.group.rank == 0):
                     save(trial, self.path)
 
     def accuracy(self, epoch: int) -> float:
@@ -121,7 +126,9 @@ class _Lane:
         return sum(e["seconds"] for e in self.trial.history[epoch - 1 : epoch])
 
 
-def _lanes(config: TrialConfig, data_dir: str | None, device: str, checkpoint: str | None) -> list[_Lane]:
+def _lanes(
+    config: TrialConfig, data_dir: str | None, device: str, checkpoint: str | None, group: Group | None
+) -> list[_Lane]:
     """The networks of a run: one; where the area under update noise is measured, also one for each level of it.
 
     The first has the run's own configuration, by which its checkpoint is known. Of the others nobody reads the angles.
@@ -132,10 +139,12 @@ def _lanes(config: TrialConfig, data_dir: str | None, device: str, checkpoint: s
         configs += [plain.replace(update_noise=level) for level in config.noise_levels]
     lanes = []
     for index, each in enumerate(configs):
-        trial = prepare(each, data_dir=data_dir, device=device)
+        trial = prepare(each, data_dir=data_dir, device=device, group=group)
         path = None if checkpoint is None else checkpoint_file(checkpoint, index)
         if path is not None:
             resume(trial, path)
+        if group is not None:
+            group.check_equal(trial.epoch, f"not all workers see the same {path}; --results must be on all nodes.")
         lanes.append(_Lane(trial, path))
     return lanes
 
@@ -181,26 +190,37 @@ def _area(split: str, config: TrialConfig, accuracies: list[float]) -> dict[str,
 
 def noise_area(trial: Trial, split: str) -> dict[str, float]:
     """The area under accuracy against the noise that the configuration names, at an evaluation site."""
-    config, data = trial.config, trial.data
-    assert config.noise_site is not None
+    config, data, site = trial.config, trial.data, trial.config.noise_site
+    assert site is not None
 
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
         return data.batches("val" if split == "val" else "test", BATCH, device=trial.device)
 
+    def at(level: float) -> float:
+        return noisy_accuracy(
+            trial.model,
+            batches,
+            data.normalize,
+            site=site,
+            level=level,
+            draws=config.noise_draws,
+            seed=config.seed,
+        ).mean
+
     with trial.autocast():
-        accuracies = [
-            noisy_accuracy(
-                trial.model,
-                batches,
-                data.normalize,
-                site=config.noise_site,
-                level=level,
-                draws=config.noise_draws,
-                seed=config.seed,
-            ).mean
-            for level in config.noise_levels
-        ]
+        accuracies = _divided(at, config.noise_levels, trial)
     return _area(split, config, accuracies)
+
+
+def _divided(measure: Callable[[float], float], levels: Sequence[float], trial: Trial) -> list[float]:
+    """What is measured at each level; a group's processes take turns, because noise is drawn for whole batches."""
+    group = trial.group
+    if group is None:
+        return [measure(level) for level in levels]
+    mine = range(len(levels))[group.rank :: group.size]
+    own = [measure(level) if i in mine else 0.0 for i, level in enumerate(levels)]
+    found: list[float] = group.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    return found
 
 
 def _chance(trial: Trial) -> float:
@@ -230,6 +250,7 @@ def provenance_of(trial: Trial, seconds: float) -> dict[str, Any]:
         **provenance(str(trial.device)),
         "precision": "bf16" if trial.bf16 else "float32",
         "threads": torch.get_num_threads(),
+        **({} if trial.group is None else {"workers": trial.group.size}),
         "dataset_digest": trial.data.digest,
         "examples": dict(trial.data.sizes),
         "classes": trial.data.classes,
@@ -274,9 +295,11 @@ def alignment(trial: Trial) -> dict[str, float]:
 
 def score(trial: Trial, split: str) -> dict[str, float]:
     """``SPLIT_acc``, ``SPLIT_top5`` and ``SPLIT_loss``; Diverged if the loss is not finite."""
-    batches = trial.data.batches("val" if split == "val" else "test", BATCH, device=trial.device)
+    group = trial.group
+    pick = None if group is None else group.pick
+    batches = trial.data.batches("val" if split == "val" else "test", BATCH, device=trial.device, pick=pick)
     with trial.autocast():
-        found = accuracy(trial.model, batches, trial.data.normalize)
+        found = accuracy(trial.model, batches, trial.data.normalize, group)
     if not math.isfinite(found["loss"]):
         raise Diverged(f"the {split} loss is {found['loss']}")
     return {f"{split}_{name}": value for name, value in found.items()}

@@ -20,13 +20,25 @@ class _Stopped(BaseException):
     """Raised out of ``report``; not an Exception, so that no trial function catches it by mistake."""
 
 
+class WorkerLostError(RuntimeError):
+    """A process that took part in the trial is gone; it is begun again, as if this one were gone too."""
+
+
+class ElsewhereError(RuntimeError):
+    """The trial function raised an exception in another process; ``message`` is what `failure` made of it there."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        super().__init__(message["where"])
+        self.message = message
+
+
 class Running:
     """A trial function that has been called, and its messages: one per report, and then its result.
 
     A report is ``{epoch, metrics}``; the result is ``{result, where, traceback, blame}``, the last three empty but
     for an exception, which is a result like any other (status failed), unless something else is to ``blame``: the
     "disk" (the reason is then the line for the user), or the "memory" or "GPU memory", of which there was too little.
-    All JSON-ready.
+    All JSON-ready. But for a WorkerLostError, which is raised again where the message is waited for.
     """
 
     def __init__(self, task: str) -> None:
@@ -44,7 +56,10 @@ class Running:
             self._thread.start()
         else:
             self._answers.put(True)
-        return self._messages.get()
+        message = self._messages.get()
+        if "lost" in message:
+            raise WorkerLostError(message["lost"])
+        return message
 
     def stop(self) -> None:
         """Answer the last report, if it is still open, with "stop", and wait for the end of the trial function."""
@@ -59,23 +74,29 @@ class Running:
 
     def _work(self, trial: str, options: dict[str, Any]) -> None:
         try:
-            result = _function(trial)(self._config, self._report, **options)
+            result = function(trial)(self._config, self._report, **options)
             if not isinstance(result, TrialResult):
                 raise TypeError(f"{trial} returned {type(result).__name__}, not TrialResult")
             self._messages.put({"result": result.to_dict(), "where": "", "traceback": "", "blame": ""})
         except _Stopped:
             return
+        except WorkerLostError as error:
+            self._messages.put({"lost": str(error)})
+        except ElsewhereError as error:
+            self._messages.put(error.message)
         except BaseException as error:  # noqa: BLE001  (becomes the result; unsent, step() would wait for ever)
-            self._messages.put(_failure(self._config, error))
+            self._messages.put(failure(self._config, error))
 
 
-def _function(name: str) -> Callable[..., Any]:
+def function(name: str) -> Callable[..., Any]:
+    """The trial function of this name, module:function."""
     module, _, function = name.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 
 
-def _failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
+def failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
+    """The message of a trial function that has raised this."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(last.filename).name}:{last.lineno}, {last.line}"
     reason = " ".join(f"{type(error).__name__}: {error} ({where})".split())

@@ -71,6 +71,24 @@ def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int 
     return dataclasses.replace(result, provenance=here)
 
 
+def act_together(
+    config: TrialConfig, report: Report, *, group: Any, act: str = "", member: int = 0, epoch: int = 0, **options: Any
+) -> TrialResult:
+    """Trains in earnest; after this epoch the ``member`` does what ``act`` says: die, once, or raise."""
+    from bench.trial import run_trial
+
+    def reported(done: int, metrics: Mapping[str, float]) -> None:
+        report(done, metrics)
+        if (act, member, epoch) == ("raise", group.rank, done):
+            raise ZeroDivisionError("in one of them")
+        died = Path(f"{options['checkpoint']}.died")
+        if (act, member, epoch) == ("die", group.rank, done) and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return run_trial(config, reported, group=group, **options)
+
+
 def _ask_too_much(asked_of: str) -> None:
     """An allocation that no machine can make, in the words of these three."""
     import numpy as np

@@ -16,7 +16,7 @@ import pytest
 
 from bench.campaign import confirm_seeds
 from bench.config import StudyConfig, study_name
-from bench.place import share_out
+from bench.place import Options, share_out
 from bench.reading import pick, read_search, search_summary
 from mlflow_book import Book
 
@@ -167,8 +167,8 @@ def test_names_and_seeds() -> None:
 
 
 def test_cores_are_shared_out() -> None:
-    alone = share_out(1, "cpu")
+    alone = share_out(Options(concurrent=1), "cpu")
     assert alone.concurrent == 1
     assert alone.gpus == 0.0
-    many = share_out(64, "cpu")
+    many = share_out(Options(concurrent=64), "cpu")
     assert (many.concurrent, many.threads) == (64, 1)

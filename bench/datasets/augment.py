@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.datasets.draws import CROPS, SHIFTS, bits, uniforms
+from bench.datasets.draws import CROPS, SHIFTS, Indices, bits, uniforms
 
 #: left, top, right, bottom in pixels of the source, not rounded.
 Box = tuple[float, float, float, float]
@@ -27,7 +27,7 @@ class Shifts:
     mirror: Tensor
     margin: int
 
-    def of(self, window: slice) -> Shifts:
+    def of(self, window: slice | Indices) -> Shifts:
         return Shifts(self.rows[window], self.columns[window], self.mirror[window], self.margin)
 
 

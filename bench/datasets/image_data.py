@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, get_args
@@ -16,15 +16,26 @@ from bench.datasets.draws import ORDER, Indices, permutation
 from bench.datasets.raw import Split
 
 Batch = tuple[Tensor, Tensor]
+#: From the size of a batch to the positions in it that are read; None: all of them.
+Pick = Callable[[int], Sequence[int]] | None
 
 
 class Source(Protocol):
     """Where the pixels of the splits are: in memory, or in files."""
 
     def batches(
-        self, split: Split, order: Indices, batch_size: int, device: torch.device, draw: tuple[int, int] | None
+        self,
+        split: Split,
+        order: Indices,
+        batch_size: int,
+        device: torch.device,
+        draw: tuple[int, int] | None,
+        pick: Pick = None,
     ) -> Iterator[Batch]:
-        """Batches of the split's examples in this order; augmented by (seed, epoch) if ``draw`` gives them."""
+        """Batches of the split's examples in this order; augmented by (seed, epoch) if ``draw`` gives them.
+
+        Of each, what ``pick`` picks, as it is in the whole batch; batches of which it picks nothing are left out.
+        """
         ...
 
 
@@ -69,26 +80,37 @@ class ImageData:
         seed: int | None = None,
         epoch: int = 0,
         augment: bool = False,
+        pick: Pick = None,
     ) -> Iterator[Batch]:
         """Pixels (n, channels, image_size, image_size), float32 in [0, 1], not normalised; labels (n,), int64.
 
         Without ``seed``: everything, in order. With it: shuffled (and, with ``augment``, augmented) as a function of
-        (seed, epoch) alone, the incomplete last batch left out.
+        (seed, epoch) alone, the incomplete last batch left out. ``pick``: a part of each batch, as it is in the whole.
 
         Errors: UserError for fewer examples than ``batch_size`` with a seed, and for ``augment`` without one.
         """
         if seed is None:
             if augment:
                 raise UserError("augment has no effect on data read in order; give a seed, or leave augment out.")
-            return self.source.batches(split, np.arange(self._count(split)), batch_size, device, None)
+            return self.source.batches(split, np.arange(self._count(split)), batch_size, device, None, pick)
         whole = self.steps(split, batch_size) * batch_size
         order = permutation(self.sizes[split], seed, epoch, ORDER)[:whole]
-        return self.source.batches(split, order, batch_size, device, (seed, epoch) if augment else None)
+        return self.source.batches(split, order, batch_size, device, (seed, epoch) if augment else None, pick)
 
     def _count(self, split: Split) -> int:
         if split not in self.sizes:
             raise unknown("split", split, get_args(Split))
         return self.sizes[split]
+
+
+def windows(count: int, batch_size: int, pick: Pick) -> Iterator[slice | Indices]:
+    """Of ``count`` examples in a row, those of each batch; batches of which nothing is picked are left out."""
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        if pick is None:
+            yield slice(start, stop)
+        elif len(picked := pick(stop - start)):
+            yield start + np.asarray(picked)
 
 
 @lru_cache(maxsize=16)

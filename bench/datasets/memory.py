@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.config import UserError
 from bench.datasets.augment import draw_shifts, shift_and_mirror
 from bench.datasets.draws import Indices
-from bench.datasets.image_data import Batch
+from bench.datasets.image_data import Batch, Pick, windows
 from bench.datasets.raw import MEMORY_LIMIT, Arrays, Split
 
 _CHUNK = 1024
@@ -29,13 +29,18 @@ class MemorySource:
     _resident: dict[tuple[Split, torch.device], Batch] = field(default_factory=dict)
 
     def batches(
-        self, split: Split, order: Indices, batch_size: int, device: torch.device, draw: tuple[int, int] | None
+        self,
+        split: Split,
+        order: Indices,
+        batch_size: int,
+        device: torch.device,
+        draw: tuple[int, int] | None,
+        pick: Pick = None,
     ) -> Iterator[Batch]:
         images, labels = self._on(split, device)
         index = torch.from_numpy(order).to(images.device)
         shifts = None if draw is None else draw_shifts(len(order), images.shape[2], self.flip, *draw, images.device)
-        for start in range(0, len(order), batch_size):
-            window = slice(start, start + batch_size)
+        for window in windows(len(order), batch_size, pick):
             batch = images[index[window]]
             if shifts is not None:
                 batch = shift_and_mirror(batch, shifts.of(window))

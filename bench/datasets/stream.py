@@ -18,7 +18,7 @@ from bench.config import UserError
 from bench.datasets.augment import centre_box, random_box
 from bench.datasets.decode import ZOOM, decode, in_threads, resized
 from bench.datasets.draws import Indices
-from bench.datasets.image_data import Batch
+from bench.datasets.image_data import Batch, Pick, windows
 from bench.datasets.memory import as_pixels
 from bench.datasets.raw import Files, Pixels, Split
 
@@ -70,13 +70,14 @@ class _Tasks:
     order: Indices
     batch_size: int
     draw: tuple[int, int] | None
+    pick: Pick
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Task]]:
-        for start in range(0, len(self.order), self.batch_size):
-            yield [self._task(int(i)) for i in self.order[start : start + self.batch_size]]
+        for window in windows(len(self.order), self.batch_size, self.pick):
+            yield [self._task(int(i)) for i in self.order[window]]
 
     def _task(self, i: int) -> Task:
         return Task(self.paths[i], int(self.labels[i]), None if self.draw is None else (*self.draw, i))
@@ -91,9 +92,15 @@ class StreamSource:
     decoder: Decoder
 
     def batches(
-        self, split: Split, order: Indices, batch_size: int, device: torch.device, draw: tuple[int, int] | None
+        self,
+        split: Split,
+        order: Indices,
+        batch_size: int,
+        device: torch.device,
+        draw: tuple[int, int] | None,
+        pick: Pick = None,
     ) -> Iterator[Batch]:
-        tasks = _Tasks(self.paths[split], self.labels[split], order, batch_size, draw)
+        tasks = _Tasks(self.paths[split], self.labels[split], order, batch_size, draw, pick)
         for item in self._loader(tasks, pin=device.type == "cuda"):
             if isinstance(item, str):
                 raise UserError(item)

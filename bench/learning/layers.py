@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bench.config import Scaling, UserError
+from bench.group import Group
 from bench.learning.ops import ConvMaps, LinearMaps, Maps
 from bench.learning.primitives import activity_gradient, needs_z, sees_batch
 from bench.learning.rules import Rule
@@ -29,12 +30,14 @@ from bench.learning.scaling import check_scaling
 class Switch:
     """Whether layers collect B's gradient now. Owned by a `FeedbackLearner`, shared by its layers.
 
-    ``release`` undoes that learner's hooks, when another one takes its layers over.
+    ``release`` undoes that learner's hooks, when another one takes its layers over. ``group``: the processes among
+    which each batch is divided.
     """
 
-    def __init__(self, release: Callable[[], None]) -> None:
+    def __init__(self, release: Callable[[], None], group: Group | None = None) -> None:
         self.on = True
         self.release = release
+        self.group = group
 
 
 class FeedbackState:
@@ -169,10 +172,10 @@ def _collect(ctx: Any, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> 
                 "reaches it. Use bfloat16."
             )
         z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
+        normalized, group = state.scaling == "normalized", state.switch.group
         if state.centered:
-            x, z = without_mean(layer.maps, x, z, W)
-        normalized = state.scaling == "normalized"
-        grad = activity_gradient(layer.maps, state.coefficients, x, z, B, normalized=normalized)
+            x, z = without_mean(layer.maps, x, z, W, group)
+        grad = activity_gradient(layer.maps, state.coefficients, x, z, B, normalized=normalized, group=group)
         # in B's own layout: a fused optimizer reads memory as it lies
         same = grad.dtype == W.dtype and grad.stride() == W.stride()
         state.add(grad if same else torch.empty_like(W).copy_(grad))

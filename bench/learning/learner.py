@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from bench.config import UserError
+from bench.group import Group
 from bench.learning.layers import AsymmetricLayer, Switch, asymmetric_layers
 from bench.learning.primitives import sees_batch
 
@@ -25,18 +26,21 @@ class FeedbackLearner:
 
     The feedback weights must be in the optimizer, in groups without weight decay (a rule's own decay is its
     ``decay``); UserError otherwise. Under DistributedDataParallel give the wrapped model: the mean is then
-    also taken over the ranks. RuntimeError at the step where a GradScaler would divide B's gradient too (a
+    also taken over the ranks, each counting as one batch. With ``group`` each batch is divided among its processes, and
+    what the layers collect is of the whole; give the bare model, whose other gradients are for the caller to add up
+    before the step. RuntimeError at the step where a GradScaler would divide B's gradient too (a
     fused optimizer that unscales by itself): call ``scaler.unscale_(optimizer)`` first; and at
     ``step(closure)``. A second learner takes over from the first. A layer that is used several times in one
     pass adds its uses up, as dW does (under reentrant checkpointing they count as passes of their own).
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group | None = None) -> None:
+        self._ddp = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._layers = [m for m in asymmetric_layers(model).values() if m.state.rule.learns]
         _check_optimizer(self._layers, optimizer)
-        if self._group is None and distributed.is_available() and distributed.is_initialized():
-            raise UserError("several processes train together: give FeedbackLearner the DDP-wrapped model.")
+        self._group = group
+        if group is None and self._ddp is None and distributed.is_available() and distributed.is_initialized():
+            raise UserError("several processes train together: give FeedbackLearner the DDP-wrapped model, or a group.")
         for switch in {id(s): s for layer in self._layers if (s := layer.state.switch) is not None}.values():
             switch.release()  # two learners would undo each other's work
         hooks = [optimizer.register_step_pre_hook(self._deliver)]
@@ -46,7 +50,7 @@ class FeedbackLearner:
             for hook in hooks:
                 hook.remove()
 
-        self._switch = Switch(release)
+        self._switch = Switch(release, group)
         for layer in self._layers:
             layer.state.switch = self._switch
             layer.state.forget()
@@ -83,9 +87,11 @@ class FeedbackLearner:
             if layer.feedback is not None:
                 layer.feedback.grad = None
         with torch.no_grad():
-            if self._group is not None:
-                self._add_up_ranks(self._group)
+            if self._ddp is not None:
+                self._add_up_ranks(self._ddp)
             active = [layer for layer in self._layers if layer.state.batches]
+            if self._group is not None:
+                self._group.add_up(total for layer in active if (total := layer.state.total) is not None)
             if active:
                 self._set_gradients(active)
         for layer in active:

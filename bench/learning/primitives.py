@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bench.group import Group
 from bench.learning.ops import Maps
 
 #: (maps, x, z, W, B) to a number (the energy) or to a tensor shaped like B (its gradient)
@@ -105,6 +106,7 @@ def activity_gradient(
     B: Tensor,
     *,
     normalized: bool = False,
+    group: Group | None = None,
 ) -> Tensor:
     """The gradient of B from amp, sparse and null together, in as few maps as there can be.
 
@@ -115,10 +117,13 @@ def activity_gradient(
 
     ``normalized``: amp and sparse are divided by maps.forward_energy(x), null by maps.transpose_energy(z)
     (`bench.learning.scaling` says why). Where that is zero, so is the gradient.
+
+    ``group``: x and z are this process's part of the batch; the sum of what its processes get is the gradient.
     """
-    amp, sparse, null = (coefficients.get(name, 0.0) / x.shape[0] for name in ("amp", "sparse", "null"))
-    of_x = _positive(maps.forward_energy(x, B)) if normalized and (amp or sparse) else None
-    of_z = _positive(maps.transpose_energy(z, B, x)) if normalized and null and z is not None else None
+    n = x.shape[0] if group is None else x.shape[0] / group.share
+    amp, sparse, null = (coefficients.get(name, 0.0) / n for name in ("amp", "sparse", "null"))
+    of_x = _positive(maps.forward_energy(x, B), group) if normalized and (amp or sparse) else None
+    of_z = _positive(maps.transpose_energy(z, B, x), group) if normalized and null and z is not None else None
     total: Tensor | None = None
     if sparse:
         seen = maps.forward(x, B).mul_(sparse)
@@ -139,9 +144,10 @@ def activity_gradient(
     return total
 
 
-def _positive(energy: Tensor) -> Tensor:
-    """An energy to divide by: nothing divided by nothing is to be nothing."""
-    return energy.clamp_min(torch.finfo(energy.dtype).tiny)
+def _positive(energy: Tensor, group: Group | None) -> Tensor:
+    """An energy to divide by, of the whole batch: nothing divided by nothing is to be nothing."""
+    whole = energy if group is None else group.mean(energy)
+    return whole.clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def _per(grad: Tensor, energy: Tensor | None) -> Tensor:

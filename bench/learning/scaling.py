@@ -9,8 +9,8 @@ Hessian in B of sparse for one output channel (of null for one input channel), a
 exceeds it: with sparse alone or null alone, learning rate · coefficient < 2 is stable in every layer, under Nesterov
 momentum μ it is < (2 + 2μ) / (1 + 2μ). (In a layer with groups it is the mean of their traces, and a group above the
 mean has less room.) `bench.learning.primitives.activity_gradient` does the division. It is per batch, as batch
-normalisation is: the parts of an accumulated batch, the workers, and the uses of a layer in one pass are each divided
-by their own energy.
+normalisation is: the parts of an accumulated batch, and the uses of a layer in one pass, are each divided by their own
+energy. So are the workers under torch's DistributedDataParallel; those of a `bench.group.Group` have one in common.
 
 ``centered``. Behind a ReLU, the mean of x over the batch and positions carries most of the energy: a single direction,
 which sets the limit of stability while B hardly moves in all others. The terms then see x without it, and z follows.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bench.config import Scaling, UserError, unknown
+from bench.group import Group
 from bench.learning.ops import Maps
 from bench.learning.rules import Rule
 
@@ -56,13 +57,15 @@ SCALINGS: dict[str, ScalingRow] = {
 }
 
 
-def centered(maps: Maps, x: Tensor, z: Tensor | None, W: Tensor) -> tuple[Tensor, Tensor | None]:
+def centered(
+    maps: Maps, x: Tensor, z: Tensor | None, W: Tensor, group: Group | None = None
+) -> tuple[Tensor, Tensor | None]:
     """x − m and W·(x − m), m the mean of each channel over the batch and over positions; z = W·x stays as it is.
 
     W·m is computed on one image, 1/n of a convolution. (What a border of zeros makes of m depends on the position,
     so that taking its own mean from z would be another thing.) z None: nobody needs it.
     """
-    m = maps.channel_mean(x)
+    m = maps.channel_mean(x) if group is None else group.mean(maps.channel_mean(x))
     return x - m, None if z is None else z - maps.forward(m.expand(1, *x.shape[1:]), W.to(x.dtype))
 
 
