@@ -9,15 +9,16 @@ there is nothing half done to repair.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import optuna
-from optuna.distributions import distribution_to_json
+from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -88,11 +89,14 @@ class Study:
         self._chance, self._storage = chance, storage
         self._metrics = OBJECTIVES[config.objective].metrics
         self._pruner = SCHEDULERS[config.scheduler].make(config.epochs)
-        self._study = optuna.create_study(
+        if config.name not in {
+            known.study_name for known in storage.get_all_studies()
+        }:  # else it writes a line in vain
+            directions = ["maximize"] * len(self._metrics)
+            optuna.create_study(storage=storage, study_name=config.name, directions=directions, load_if_exists=True)
+        self._study = optuna.load_study(
             storage=storage,
             study_name=config.name,
-            directions=["maximize"] * len(self._metrics),
-            load_if_exists=True,
             sampler=RandomSampler(seed=0),  # never asked: see bench.proposals
             pruner=self._pruner,
         )
@@ -126,10 +130,12 @@ class Study:
         try:
             journal = folder / "journal.log"
             mend(journal, say)
-            storage = JournalStorage(JournalFileBackend(str(journal)))
-            _check_name(storage, config.name, folder)
-            study = cls(folder, config, distributions, conditions, chance, storage)
-            study._check_settings()
+            with _undamaged(journal):
+                storage = JournalStorage(JournalFileBackend(str(journal)))
+                _check_journal(storage, journal)
+                _check_name(storage, config.name, folder)
+                study = cls(folder, config, distributions, conditions, chance, storage)
+                study._check_settings()
         except BaseException:
             os.close(lock)
             raise
@@ -302,6 +308,44 @@ def _of_an_older_release() -> dict[str, Any]:
     """What a setting was before it was one."""
     usual = StudyConfig(name="", rule="", arch="", dataset="").to_dict()
     return {**{key: value for key, value in usual.items() if key not in MAY_CHANGE}, "conditions": {}}
+
+
+@contextlib.contextmanager
+def _undamaged(journal: Path) -> Iterator[None]:
+    """A UserError for whatever Optuna raises, or asserts, where a line of the journal is none of its own."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{journal} is damaged ({what}); restore it, or begin again under another --name.") from error
+
+
+def _check_journal(storage: JournalStorage, journal: Path) -> None:
+    """ValueError for a journal that no search of ours has written; nothing is appended to it then.
+
+    It begins with its study, no trial comes before its settings, and each is the next one of its space.
+    """
+    studies = storage.get_all_studies()
+    if not studies and journal.stat().st_size:
+        raise ValueError("it has no study")
+    for study in studies:
+        trials = storage.get_all_trials(study._study_id, deepcopy=False)
+        kept = study.user_attrs.get("settings", {}).get("distributions", {})
+        space = {name: json_to_distribution(text) for name, text in kept.items()}
+        for number, trial in enumerate(trials):
+            uid = f"{study.study_name}-{number:04d}"
+            _check_trial(trial, number, uid, {name: space[name] for name in trial.params})
+
+
+def _check_trial(trial: FrozenTrial, number: int, uid: str, space: Distributions) -> None:
+    inside = all(d._contains(d.to_internal_repr(trial.params[name])) for name, d in space.items())
+    values = [*trial.intermediate_values.values(), *(trial.values or ())]
+    if (trial.number, trial.user_attrs["uid"], trial.distributions) != (number, uid, space) or not inside:
+        raise ValueError(f"trial {number} is none of its own")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"trial {number} has a value that is not finite")
 
 
 def _check_name(storage: JournalStorage, name: str, folder: Path) -> None:

@@ -56,6 +56,7 @@ FLOORS = {
     "evaluators": 4,
     "space": 5,
     "rows": 5,
+    "shape": 1,
     "mlflow_store": 5,
     "choices": 5,
     "training": 5,
