@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.checkpoint import load_weights, read_checkpoint
-from bench.config import TrialConfig, digest
+from bench.config import TrialConfig, UserError, digest
 from bench.rows import RowFile, row
 from bench.stores import embedded
 from bench.tracking import Tracker
-from bench.training import pick_device, prepare
+from bench.training import Diverged, pick_device, prepare
 from bench.trial import alignment, resume, run_trial, score
 
 #: The study under which single runs are filed; they are no part of any search.
@@ -76,7 +77,10 @@ def evaluate(checkpoint: Path, *, split: Literal["val", "test"], data_dir: str |
     config = TrialConfig.from_dict(state["config"])
     trial = prepare(config, data_dir=data_dir, device=device)
     load_weights(checkpoint, trial.model, state["model"])
-    metrics = score(trial, split)
+    try:
+        metrics = score(trial, split)
+    except Diverged as end:
+        raise UserError(f"{checkpoint}: {end}; the network in it has diverged.") from end
     if trial.conversion.swapped:
-        metrics |= alignment(trial)
+        metrics |= {name: value for name, value in alignment(trial).items() if math.isfinite(value)}
     return {"config": config.to_dict(), "epoch": state["epoch"], "split": split, "metrics": metrics}

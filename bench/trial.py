@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.checkpoint import load_weights, prepare_checkpoint, read_checkpoint, write_checkpoint
+from bench.checkpoint import load_optimizer, load_weights, prepare_checkpoint, read_checkpoint, write_checkpoint
 from bench.config import Status, TrialConfig, TrialResult, UserError
 from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
@@ -294,5 +294,5 @@ def resume(trial: Trial, path: Path) -> None:
     if TrialConfig.from_dict(state["config"]) != trial.config:  # one from before a field was new has its default
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])
-    trial.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(path, trial.optimizer, state["optimizer"])
     trial.epoch, trial.history = state["epoch"], state["history"]
