@@ -37,6 +37,7 @@ test: $(INSTALLED_DEV)
 
 test-faults: $(INSTALLED_DEV) postgresql
 	$(BIN)/python -m pytest -m faults -rs
+	BENCH_TIMES=10 $(BIN)/python -m pytest tests/test_malformed_*.py
 
 test-browser: $(INSTALLED_BROWSER) chromium
 	$(BIN)/python -m pytest -m browser -rs

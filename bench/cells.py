@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bench.config import one_line
+
 #: What stands where there is nothing to say.
 NOTHING = "–"
 
@@ -46,6 +48,13 @@ def pairs(value: Mapping[str, Any], n: int) -> str:
 def difference(value: Mapping[str, Any] | None, n: int | None = None) -> str:
     """A difference in percentage points: interval, verdict, and how many seeds it is over unless that is ``n``."""
     return NOTHING if value is None else f"{interval(value)} {value['verdict']}{pairs(value, -1 if n is None else n)}"
+
+
+def inert(value: Any) -> Any:
+    """What a program that opens a CSV takes for text: a name from a copied file may begin as a formula does."""
+    if not isinstance(value, str):
+        return value
+    return one_line(f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value)
 
 
 def count(value: Mapping[str, Any] | None) -> str:

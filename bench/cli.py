@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors of the user are one line on stderr, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal, or a file's name, may lack or hold any character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         given = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = given.verb
@@ -35,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left; nothing can be said any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:  # of a disk, wherever it came; or of a path that nobody looked at before
+        place = f"{error.filename}: " if error.filename is not None else ""
+        other = UserError(f"{place}{error.strerror or error}; name another place, or permit it.")
+        print(f"bench: {find_disk_error(error) or other}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except OSError as error:  # of a disk: wherever it came, it is no bug
-        if (fault := find_disk_error(error)) is None:
-            raise
-        print(f"bench: {fault}", file=sys.stderr)
-        return BAD_INPUT
     return status
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bench.cells import NOTHING, difference, interval, pairs, spread
+from bench.cells import NOTHING, difference, inert, interval, pairs, spread
 from bench.compare import VERSUS_FIRST, VERSUS_REFERENCE, title_of
 from bench.config import PRIMITIVE_NAMES
 from bench.summary import REFERENCE, UPDATES
@@ -113,7 +113,7 @@ def csv_text(found: Mapping[str, Any]) -> str:
     lines = [_flat(line) for line in _lines(found)]
     writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: inert(value) for name, value in line.items()} for line in lines)
     return out.getvalue()
 
 

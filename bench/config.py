@@ -38,6 +38,15 @@ Objective = Literal["accuracy", "robustness", "both"]
 class UserError(ValueError):
     """Bad input: one clear line that names the remedy. The command line prints it and exits with status 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """``text`` with escapes for what does not print (a value in it may be somebody else's), and no endless middle."""
+    text = text if len(text) <= 4_000 else f"{text[:3_000]} … {text[-1_000:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 def unknown(what: str, given: str, valid: Iterable[str]) -> UserError:
     """The error for a name that is not in a list: the list, and the nearest name in it."""
@@ -76,9 +85,14 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
             raise UserError(f"{owner}: {name} is too large a number; it must fit a float.") from error
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind in (str, bool) and isinstance(value, kind):
+    if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str) and is_text(value)):
         return value
     raise wrong
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8; a file's name, or JSON, may hold halves of characters."""
+    return re.search("[\ud800-\udfff]", value) is None
 
 
 def _describe(kind: Any) -> str:

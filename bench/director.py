@@ -203,7 +203,7 @@ class Director:
         if message["traceback"]:
             self._keep(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
         if message["blame"] == "disk":
-            raise DiskError(result.reason)
+            raise DiskError(result.reason or "the disk is at fault.")
         if message["blame"] == "GPU memory" and len(self.live) > 1:
             self._thin_out(trial_id)
             return

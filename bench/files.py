@@ -12,14 +12,17 @@ from typing import Any
 
 import yaml
 
-from bench.config import UserError
+from bench.config import UserError, is_text
 
 #: A number with an exponent, as YAML 1.2 has it. PyYAML follows 1.1, for which 1e-5 and 1.0e5 are text.
 _EXPONENT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+$")
 
+#: More values than any file here has, aliases counted as often as they stand: a few lines of them can mean billions.
+_MOST_VALUES = 1_000_000
+
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key is text as it is written, once; 1e-5 is a number; no tags."""
+    """PyYAML's safe loader, but a key is text as it is written, once; 1e-5 is a number; no tags, and no dates."""
 
     def fetch_tag(self) -> None:
         raise yaml.scanner.ScannerError(problem="tags ('!') are not used here", problem_mark=self.get_mark())
@@ -34,9 +37,19 @@ class _Loader(yaml.SafeLoader):
                     problem=f"the key {key.value!r} stands twice; remove one", problem_mark=key.start_mark
                 )
             seen.add(key.value)
+        if any(key.tag.endswith(":merge") and isinstance(value, yaml.SequenceNode) for key, value in node.value):
+            raise yaml.constructor.ConstructorError(problem="'<<' takes one alias", problem_mark=node.start_mark)
         self.flatten_mapping(node)
         # A primitive is named null: as a key, YAML would read it as "no value".
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+    def construct_yaml_timestamp(self, node: yaml.Node) -> Any:
+        raise yaml.constructor.ConstructorError(
+            problem="a date is no value here; quote it", problem_mark=node.start_mark
+        )
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_timestamp)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -56,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Safe (plain values only), and stricter than YAML: keys are text, and none stands twice.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        value = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -70,6 +83,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = "is empty" if value is None else f"holds a {type(value).__name__}"
         raise UserError(f"{path}: {found}; expected a mapping, lines of 'key: value'.")
     return value
+
+
+def _load(text: str) -> Any:
+    value = yaml.load(text, Loader=_Loader)
+    if _count(value, {}) > _MOST_VALUES:
+        raise ValueError("its aliases ('*') make it too large; write it out")
+    return value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values there are in it, aliases written out; ValueError for one that holds itself, or is no text."""
+    if isinstance(value, str) and not is_text(value):
+        raise ValueError("half of a character ('\\ud800' to '\\udfff') stands alone")
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(v, known) for v in inner)
+    if known[id(value)] < 0:
+        raise ValueError("an alias ('*') stands in what it names; write it out")
+    return known[id(value)]
 
 
 def write_yaml(path: Path, value: dict[str, Any]) -> None:
@@ -124,6 +159,6 @@ def _one_line(problem: object) -> str:
 def parse_scalar(key: str, text: str) -> Any:
     """One value as YAML has it (1e-3, true, [30, 60], text), as it stands after ``KEY=`` on the command line."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{key}={text}: not a value that YAML knows; quote it if it is text.") from error

@@ -75,6 +75,8 @@ def matrix_again(folder: Path) -> dict[str, Any]:
 def robustness_again(folder: Path) -> dict[str, Any]:
     """`bench.robustness`'s summary of all that was measured under this name, whatever the last command asked for."""
     config = RobustnessConfig.from_dict(_book(folder, "robustness.yaml"))
+    for values in config.rules.values():
+        TrialConfig.from_dict(values)
     rows = last_attempts(_file(folder).read())
     place = _place(rows, Options(results=folder.parent), folder)
     return summary_of(config, rows, place, complete=is_whole(config, rows))

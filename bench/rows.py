@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
 from bench.disk import on_disk
+from bench.shape import check_row, check_text
 
 if TYPE_CHECKING:
     import pandas
@@ -187,7 +188,7 @@ def _load(line: bytes) -> Row | None:
     """The row on this line; None if it holds none."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and "uid" in value else None
 
@@ -199,9 +200,15 @@ def _parse(path: Path, data: bytes, uids: set[str], first: int) -> list[Row]:
         found = _load(line)
         if found is None:
             raise UserError(f"{path}, line {number}: not a result row; repair or remove that line.")
+        try:
+            check_row(found)
+            check_text(line)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: not a result row: {error}; repair or remove that line.") from error
         if found["uid"] in uids:
             raise UserError(f"{path}, line {number}: uid {found['uid']!r} a second time; remove one of the two.")
         uids.add(found["uid"])
+        found.setdefault("evaluation", {})
         rows.append(found)
     return rows
 

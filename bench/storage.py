@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from bench.config import UserError
@@ -101,7 +104,8 @@ def kept(folder: Path, name: str, url: str | None, say: Say) -> Iterator[tuple[B
     and within: it does not answer, is damaged, or is not where this folder's study is kept.
     """
     if url is None:
-        yield _in_journal(folder, name, say), None
+        with _undamaged(folder / JOURNAL):
+            yield _in_journal(folder, name, say), None
         return
     if (folder / JOURNAL).exists():
         raise UserError(f"study {name!r} is kept in {folder / JOURNAL}: leave --storage out, or use another --name.")
@@ -121,12 +125,51 @@ def _in_journal(folder: Path, name: str, say: Say) -> BaseStorage:
     journal = folder / JOURNAL
     mend(journal, say)
     storage = JournalStorage(WholeLines(journal, JournalFileBackend))
+    _check_journal(storage, journal)
     names = [study.study_name for study in storage.get_all_studies()]
     if names and name not in names:
         raise UserError(
             f"{folder} holds the study {names[0]!r}, not {name!r}; use --name {names[0]}, or another folder."
         )
     return storage
+
+
+@contextmanager
+def _undamaged(journal: Path) -> Iterator[None]:
+    """A UserError for whatever Optuna raises, or asserts, where a line of the journal is none of its own."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{journal} is damaged ({what}); restore it, or begin again under another --name.") from error
+
+
+def _check_journal(storage: JournalStorage, journal: Path) -> None:
+    """ValueError for a journal that no search of ours has written; nothing is appended to it then.
+
+    It begins with its study, no trial comes before its settings, and each is the next one of its space.
+    """
+    studies = storage.get_all_studies()
+    if not studies and journal.stat().st_size:
+        raise ValueError("it has no study")
+    for study in studies:
+        trials = storage.get_all_trials(study._study_id, deepcopy=False)
+        kept = study.user_attrs.get("settings", {}).get("distributions", {})
+        space = {name: json_to_distribution(text) for name, text in kept.items()}
+        for number, trial in enumerate(trials):
+            uid = f"{study.study_name}-{number:04d}"
+            _check_trial(trial, number, uid, {name: space[name] for name in trial.params})
+
+
+def _check_trial(trial: FrozenTrial, number: int, uid: str, space: Mapping[str, BaseDistribution]) -> None:
+    inside = all(d._contains(d.to_internal_repr(trial.params[name])) for name, d in space.items())
+    values = [*trial.intermediate_values.values(), *(trial.values or ())]
+    if (trial.number, trial.user_attrs["uid"], trial.distributions) != (number, uid, space) or not inside:
+        raise ValueError(f"trial {number} is none of its own")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"trial {number} has a value that is not finite")
 
 
 def _identity(folder: Path, name: str, where: str, storage: BaseStorage) -> str:

@@ -103,11 +103,14 @@ class Study:
         self._owed: deque[Callable[[], object]] = deque()
         self._metrics = OBJECTIVES[config.objective].metrics
         self._pruner = SCHEDULERS[config.scheduler].make(config.epochs)
-        self._study = optuna.create_study(
+        if config.name not in {
+            known.study_name for known in storage.get_all_studies()
+        }:  # else it writes a line in vain
+            directions = ["maximize"] * len(self._metrics)
+            optuna.create_study(storage=storage, study_name=config.name, directions=directions, load_if_exists=True)
+        self._study = optuna.load_study(
             storage=storage,
             study_name=config.name,
-            directions=["maximize"] * len(self._metrics),
-            load_if_exists=True,
             sampler=RandomSampler(seed=0),  # never asked: see bench.proposals
             pruner=self._pruner,
         )

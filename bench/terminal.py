@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bench.config import one_line
+
 #: Seconds between two drawings of the live display.
 REFRESH = 0.25
 
@@ -25,12 +27,18 @@ def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str | None = None, texts: int = 2
 ) -> Table:
     """A plain table; the first ``texts`` columns left, the numbers right."""
-    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    head, below = title and _plain(title, "bold"), caption and _plain(caption, "table.caption")
+    made = Table(title=head, caption=below, title_justify="left", caption_justify="left")
     for i, name in enumerate(columns):
         made.add_column(name, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(_plain, row))
     return made
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """As it stands: a name from a copied file is no markup, and no command to the terminal."""
+    return Text("\n".join(map(one_line, text.split("\n"))), style=style)
 
 
 def duration(seconds: float) -> str:
@@ -85,4 +93,4 @@ class Progress:
             self._live.update(Text(self._render()), refresh=True)
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        self.console.print(one_line(line), markup=False)

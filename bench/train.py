@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.checkpoint import checkpoint_file, load_weights, read_checkpoint
-from bench.config import TrialConfig, digest
+from bench.config import TrialConfig, UserError, digest
 from bench.rows import TRAININGS, RowFile, row
 from bench.stores import embedded
 from bench.tracking import Tracker
-from bench.training import pick_device, prepare
+from bench.training import Diverged, pick_device, prepare
 from bench.trial import alignment, resume, run_trial, score
 
 
@@ -78,7 +79,10 @@ def evaluate(
     config = TrialConfig.from_dict(state["config"])
     trial = prepare(config, data_dir=data_dir, device=device)
     load_weights(file, trial.model, state["model"])
-    metrics = score(trial, split)
+    try:
+        metrics = score(trial, split)
+    except Diverged as end:
+        raise UserError(f"{checkpoint}: {end}; the network in it has diverged.") from end
     if trial.conversion.swapped:
-        metrics |= alignment(trial)
+        metrics |= {name: value for name, value in alignment(trial).items() if math.isfinite(value)}
     return {"config": config.to_dict(), "epoch": state["epoch"], "split": split, "metrics": metrics}

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.checkpoint import File, checkpoint_file, load_weights, previous, settle_checkpoint, write_checkpoint
+from bench.checkpoint import (
+    File,
+    checkpoint_file,
+    load_optimizer,
+    load_weights,
+    previous,
+    settle_checkpoint,
+    write_checkpoint,
+)
 from bench.config import Status, TrialConfig, TrialResult, UserError
 from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
@@ -328,5 +336,5 @@ def resume(trial: Trial, path: File) -> None:
     if TrialConfig.from_dict(state["config"]) != trial.config:  # one from before a field was new has its default
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])
-    trial.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(path, trial.optimizer, state["optimizer"])
     trial.epoch, trial.history = state["epoch"], state["history"]

@@ -205,6 +205,8 @@ def _address(host: str) -> str:
 
 def _free_port(host: str, wanted: int, say: Callable[[str], None]) -> int:
     """``wanted`` if it can be had, else one that the system chooses (said); 0 leaves it to the system."""
+    if not 0 <= wanted <= 65_535:
+        raise UserError(f"--port {wanted} is no port; give one from 1 to 65535, or 0 for any that is free.")
     for port in (wanted, 0):
         try:
             family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -212,8 +214,9 @@ def _free_port(host: str, wanted: int, say: Callable[[str], None]) -> int:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
                 free = int(probe.getsockname()[1])
-        except socket.gaierror as error:
-            raise UserError(f"host {host!r} is unknown ({error.strerror}); use 127.0.0.1.") from error
+        except (socket.gaierror, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"host {host!r} is unknown ({reason}); use 127.0.0.1.") from error
         except OSError as error:
             if port == 0:
                 raise UserError(f"cannot listen on {host!r}: {error.strerror}; use 127.0.0.1.") from error

@@ -315,5 +315,5 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_published_addresses_are_https_and_checksummed() -> None:
     remotes = [remote for row in DATASETS.values() for remote in row.files]
-    assert len(remotes) == 6
+    assert len(remotes) == 8
     assert all(remote.url.startswith("https://") and len(bytes.fromhex(remote.sha256)) == 32 for remote in remotes)

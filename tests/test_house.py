@@ -69,6 +69,7 @@ FLOORS = {
     "space": 5,
     "rows": 5,
     "mlflow_client": 4,
+    "shape": 1,
     "mlflow_store": 5,
     "choices": 5,
     "training": 5,

@@ -14,7 +14,7 @@ from bench.config import check_range, unknown
 from bench.datasets.cifar import read_cifar10, read_cifar100
 from bench.datasets.digits import read_digits
 from bench.datasets.draws import Indices
-from bench.datasets.fetch import RemoteFile, existing_folder
+from bench.datasets.fetch import RemoteFile, existing_folder, written_out
 from bench.datasets.folder import read_folder
 from bench.datasets.idx import read_fashion_mnist
 from bench.datasets.image_data import ImageData, Source
@@ -29,7 +29,10 @@ _FOLDER = "imagefolder:PATH"
 # The publishers' own repository: their first address, fashion-mnist.s3-website..., has no https.
 _FASHION = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion"
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
-_CIFAR_ADVICE = "Download {} from {}/cifar.html, and give the folder that it (or its .bin files) is in as --data-dir."
+_CIFAR_ADVICE = (
+    "Download {} from {}/cifar.html (the version for Python will do, too), and give the folder that it (or its files) "
+    "is in as --data-dir."
+)
 
 
 def _fashion(name: str, sha256: str) -> RemoteFile:
@@ -75,6 +78,8 @@ _ROWS = (
         files=(
             # Published as md5 c32a1d4ab5d03f1284b67883e8d87530.
             _cifar("cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
+            # Published as md5 c58f30108f718f92721af3b95e74349a.
+            _cifar("cifar-10-python.tar.gz", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
         ),
         advice=_CIFAR_ADVICE.format("cifar-10-binary.tar.gz", _CIFAR),
     ),
@@ -88,6 +93,8 @@ _ROWS = (
         files=(
             # Published as md5 03b5dce01913d631647c71ecec9e9cb8.
             _cifar("cifar-100-binary.tar.gz", "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"),
+            # Published as md5 eb9058c3a382ffc7106e4002c42a8d85.
+            _cifar("cifar-100-python.tar.gz", "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"),
         ),
         advice=_CIFAR_ADVICE.format("cifar-100-binary.tar.gz", _CIFAR),
     ),
@@ -125,7 +132,7 @@ def load(
     check_range("data set", "val_fraction", val_fraction, 0, 1)
     check_range("data set", "train_examples", train_examples, 1)
     check_range("data set", "image_size", image_size, 1)
-    folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
+    folder = None if data_dir is None else written_out(Path(data_dir)).absolute()
     return _load(
         Request(
             name=name,

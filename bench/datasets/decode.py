@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ def opened(path: str) -> Iterator[Image]:
     """The image, its pixels not decoded yet. Errors: UserError that names the file, for decoding in the block too."""
     from PIL import Image
 
+    # Pillow's are of tags, which say nothing of pixels, and of large images, of which the largest are refused below.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         with Image.open(path) as image:
             yield image

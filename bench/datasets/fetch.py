@@ -44,9 +44,21 @@ def user_cache() -> Path:
 
 def existing_folder(path: Path, what: str) -> Path:
     """``path`` if it is a folder; UserError otherwise."""
-    if not path.is_dir():
+    try:
+        found = path.is_dir()
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be looked at ({error.strerror}); check the path.") from error
+    if not found:
         raise UserError(f"{what}: {path} is not a folder; check the path.")
     return path
+
+
+def written_out(path: Path) -> Path:
+    """``path`` with the home folder in place of ~ or ~NAME; UserError if there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder; write the path out.") from error
 
 
 def writable_folder(candidates: Sequence[Path]) -> Path:

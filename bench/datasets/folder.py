@@ -19,7 +19,7 @@ from bench.config import UserError, unknown
 from bench.datasets.augment import centre_box
 from bench.datasets.decode import decode, in_threads, resized, size_of
 from bench.datasets.draws import Indices
-from bench.datasets.fetch import existing_folder, locked, say, user_cache, writable_folder, written_whole
+from bench.datasets.fetch import existing_folder, locked, say, user_cache, writable_folder, written_out, written_whole
 from bench.datasets.raw import MEMORY_LIMIT, Arrays, DatasetRow, Files, Pixels, Request
 
 _PREFIX = "imagefolder:"
@@ -76,7 +76,7 @@ def read_folder(row: DatasetRow, request: Request) -> Arrays | Files:
 
 def _root(row: DatasetRow, request: Request) -> Path:
     text = request.name.removeprefix(_PREFIX)
-    path = Path(text).expanduser()
+    path = written_out(Path(text))
     if not text:
         raise UserError(f"{row.name}: the path is missing, e.g. imagefolder:images/pets.")
     if request.data_dir is not None and path.is_absolute():

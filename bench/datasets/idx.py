@@ -13,7 +13,7 @@ import numpy as np
 from bench.config import UserError
 from bench.datasets.draws import Indices
 from bench.datasets.fetch import RemoteFile, download, say, user_cache, writable_folder
-from bench.datasets.raw import Arrays, DatasetRow, Pixels, Request, digest_arrays
+from bench.datasets.raw import MEMORY_LIMIT, Arrays, DatasetRow, Pixels, Request, digest_arrays
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -69,9 +69,8 @@ def _content(remote: RemoteFile, row: DatasetRow, data_dir: Path | None) -> tupl
     """Where the file is, and its uncompressed content."""
     path = _locate(remote, row, data_dir)
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MEMORY_LIMIT)  # a small .gz can hold more than any machine
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again.") from error
     if hashlib.sha256(content).hexdigest() != remote.sha256:

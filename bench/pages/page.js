@@ -76,9 +76,14 @@
 
   // --- numbers
 
+  // A name from a copied file is no formula, in whatever program the numbers are opened.
+  function inert(text) {
+    return /^[=+\-@\t\r]/.test(text) && !Number.isFinite(Number(text)) ? `'${text}` : text;
+  }
+
   function csv(figure) {
     const cell = (value) => {
-      const text = value === null || value === undefined ? "" : String(value);
+      const text = value === null || value === undefined ? "" : typeof value === "string" ? inert(value) : String(value);
       return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     };
     return [figure.columns, ...figure.rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
@@ -124,7 +129,10 @@
 
   async function copy(button) {
     const table = button.closest(".table").querySelector("table");
-    const words = (cell) => cell.textContent.trim().replaceAll("\u00a0", " ");
+    const words = (cell) => {
+      const text = cell.textContent.trim().replaceAll("\u00a0", " ");
+      return cell.classList.contains("number") ? text : inert(text);
+    };
     const text = [...table.rows].map((row) => [...row.cells].map(words).join("\t")).join("\n");
     let done = true;
     try {

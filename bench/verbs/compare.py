@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from bench.config import one_line
 from bench.verbs.common import add_kept, verb
 
 #: More characters than any table is wide.
@@ -56,7 +57,7 @@ def _print(found: dict[str, Any]) -> None:
         out.print(table(title, COLUMNS[:TEXTS], [row[:TEXTS] for row in rows], texts=TEXTS))
         out.print(table("", *_results(COLUMNS, rows, TEXTS)))
     for line in (*CAPTION, *found["notes"]):
-        out.print(line, markup=False)
+        out.print(one_line(line), markup=False)
 
 
 def _results(
