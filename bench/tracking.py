@@ -46,7 +46,7 @@ class Tracker:
         self._study = self._identity = ""
         self._dataset: dict[str, str] | None = None
         self._open: set[str] = set()
-        self._over = False
+        self._shared = self._over = False
 
     @classmethod
     def open(
@@ -65,7 +65,7 @@ class Tracker:
         Errors: UserError for an address that cannot work. The store itself opens in the background.
         """
         check_uri(uri)
-        store = Store(uri, artifacts, experiment)
+        store = Store(uri, artifacts, experiment, spool / "begin.lock")
         return cls(store, deliver_to(store.deliver, uri, spool, say), uri)
 
     def study(
@@ -76,17 +76,19 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         identity: str | None = None,
         live: Iterable[str] | None = (),
+        shared: bool = False,
     ) -> None:
         """Begin or go on with a study: its parent run is found by name and ``identity``, or made.
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that several drivers write). ``tags``: also in place of our own git revision.
+        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come. ``tags``: also
+        in place of our own git revision.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
-        self._study, self._identity = name, identity or name
+        self._study, self._identity, self._shared = name, identity or name, shared
         revision = {"bench.git_revision": git_revision(), **(tags or {})}
         ours = {"bench.kind": "study", "bench.identity": self._identity}
         self._put(
@@ -112,7 +114,7 @@ class Tracker:
     ) -> None:
         """A run begins, or goes on: one with this uid is reopened. ``evaluation``: as in TrialResult."""
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
-        self._put("start", **self._described(uid, kind, config, evaluation or {}, more))
+        self._put("start", shared=self._shared, **self._described(uid, kind, config, evaluation or {}, more))
         self._open.add(uid)
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -171,17 +173,20 @@ class Tracker:
         """Wait until all is delivered; False if it is not after so many seconds."""
         return self._delivery.flush(timeout)
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> int:
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout: float = 30.0) -> int:
         """`end`, and deliver what is left for up to ``timeout`` seconds; how many operations stay in the spool."""
         self.end(status)
         return self._delivery.close(timeout)
 
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored."""
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None) -> None:
+        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored.
+
+        None: the parent run goes on, with other drivers.
+        """
         if not self._over:
             self._over = True
             self.interrupt()
-            if self._study:
+            if self._study and status is not None:
                 self._put("end", status=status)
 
     def link(self) -> dict[str, str | None]:
