@@ -19,7 +19,7 @@ from bench.summary import headline
 from bench.tracking import metric_name
 
 #: Whatever of these a study has, its run in MLflow has too; and its book, and its figures.
-FILES = ("rows.jsonl", "journal.log", "best.yaml", "front.json", "summary.json", PAGE)
+FILES = ("rows.jsonl", "journal.log", "storage.yaml", "best.yaml", "front.json", "summary.json", PAGE)
 
 #: What is recorded of a row.
 NEEDED = {"uid", "study", "kind", "status", "config", "metrics", "history", "provenance"}
@@ -77,7 +77,8 @@ def read_filed(found: Found) -> Filed:
         common = {
             "name": str(config["name"]),  # also where its folder was renamed
             "identity": identity,
-            "tags": {f"bench.{name}": value for name, value in _TAGS[found.kind](config).items()},
+            "tags": {f"bench.{name}": value for name, value in _TAGS[found.kind](config).items()}
+            | ({"bench.code": kept["code"]} if "code" in kept else {}),
             "dataset": (str(dataset), str(kept.get("runs_on")).partition(" ")[2]),
             "files": _files(found.folder, book),
         }

@@ -110,10 +110,10 @@ def _is_torn(path: Path) -> bool:
 
 
 def _is_claimed(folder: Path) -> bool:
-    """Whether a living process has the study."""
+    """Whether a living process has the study, or several have it together."""
     try:
         with (folder / "lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except (FileNotFoundError, PermissionError):  # nobody ever had it; another user's, who alone can go on with it

@@ -12,9 +12,9 @@ A parent run per study (tag bench.kind = study), and one level of children below
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,15 +88,12 @@ class Seen:
 
 
 class Store:
-    """The operations, carried out in MLflow. One thread at a time calls it: the delivery thread, while there is one.
-
-    ``lock``: a file that the drivers of a study share.
-    """
+    """The operations, carried out in MLflow. One thread at a time calls it: the delivery thread, while there is one."""
 
     def __init__(self, uri: str, artifacts: Path | None, experiment: str, lock: Path | None = None) -> None:
         self.parents: dict[str, str] = {}
-        self._lock = lock
         self._client = Client(uri, artifacts, experiment)
+        self._lock = lock  # a file that the drivers of a study share
         self._studies: dict[tuple[str, str], _Study] = {}
 
     @property
@@ -121,7 +118,7 @@ class Store:
             runs = {uid: (run.status, run.outcome) for uid, run in study.runs.items()}
             return Seen(status=parent.info.status, runs=runs, metrics=dict(parent.data.metrics), files=files)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _asked(self) -> Iterator[None]:
         try:
             with self._client.asked():
@@ -152,6 +149,21 @@ class Store:
         self._studies[operation["study"], operation["identity"]] = study
         return study
 
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Two drivers that look for a study's run at once would both make one."""
+        if self._lock is None:
+            yield
+            return
+        try:
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            file = self._lock.open("w")
+        except OSError as error:
+            raise UnreachableError(str(error)) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def _known_study(self, operation: Operation) -> _Study:
         study = self._study(operation)
         if study is None:
@@ -167,7 +179,7 @@ class Store:
         return run
 
     def _child_or_none(self, study: _Study, operation: Operation) -> _Run | None:
-        """Also one that another driver, or who delivers what a dead one left, has made since this one looked."""
+        """Also one that another process has made since this one looked: a driver, or who delivers for a dead one."""
         uid = operation["uid"]
         if uid not in study.runs and (operation.get("shared") or not study.made):
             same = f"tags.`mlflow.parentRunId` = '{study.parent}' AND tags.`bench.uid` = '{uid}'"
@@ -188,21 +200,6 @@ class Store:
             study.begun = _begun(self._client.run(study.parent))
         return _older(operation, study.begun)
 
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Two drivers that look for a study's run at once would both make one."""
-        if self._lock is None:
-            yield
-            return
-        try:
-            self._lock.parent.mkdir(parents=True, exist_ok=True)
-            file = self._lock.open("w")
-        except OSError as error:
-            raise UnreachableError(str(error)) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     # --- writing to a run
 
     def _write_epoch(self, run: _Run, metrics: Mapping[str, float], epoch: int, when: int) -> None:
@@ -219,21 +216,26 @@ class Store:
 
     # --- the operations
 
+    def _begun_with(self, operation: Operation, tags: Mapping[str, str]) -> _Study:
+        """The study, with a parent run that is RUNNING; but of one that another driver has begun with since."""
+        self._studies.pop((operation["study"], operation["identity"]), None)  # others may have written since
+        study = self._study(operation)
+        if study is None:
+            parent = self._client.create(operation["study"], tags, operation["time"])
+            study = self._remember(operation, parent, operation["time"])
+            study.made = True
+        elif not _older(operation, study.begun):
+            self._client.reopen(study.parent)
+            study.begun = operation["time"]
+        return study
+
     def begin(self, operation: Operation) -> None:
         """Find or make the parent run; end the children that a dead driver left running."""
         tags = {**operation["tags"], BEGUN: str(operation["time"])}
         with self._apart():
-            self._studies.pop((operation["study"], operation["identity"]), None)
-            study = self._study(operation)
-            if study is None:
-                parent = self._client.create(operation["study"], tags, operation["time"])
-                study = self._remember(operation, parent, operation["time"])
-                study.made = True
-            elif _older(operation, study.begun):
-                return
-            else:
-                self._client.reopen(study.parent)
-                study.begun = operation["time"]
+            study = self._begun_with(operation, tags)
+        if _older(operation, study.begun):
+            return
         changed = self._client.write_params(study.parent, operation["params"])
         # A parameter never changes in MLflow; what may grow (the number of trials) goes on as a tag.
         self._client.write_tags(study.parent, {**tags, **{f"now.{key}": v for key, v in changed.items()}})

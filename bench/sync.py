@@ -116,7 +116,7 @@ class _Sync:
 
     def __init__(self, results: Path, uri: str, artifacts: Path | None, lying: Iterable[Left], say: Say) -> None:
         self._results, self._uri = results, uri
-        self._store = Store(uri, artifacts, "bench")
+        self._store = Store(uri, artifacts, "bench", results / "spool" / "begin.lock")
         self._named = {left.study for left in lying}
         self._living = {left.study for left in lying if left.held}
         self._delivered = Counter[str]()

@@ -39,8 +39,7 @@ class Tracker:
     are finished already, ``headline``, ``artifacts``, ``close``.
     """
 
-    def __init__(self, store: Store, delivery: Delivery, uri: str, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, store: Store, delivery: Delivery, uri: str) -> None:
         self._store = store
         self._delivery = delivery
         self._uri = uri
@@ -83,8 +82,8 @@ class Tracker:
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come. ``tags``: also in
-        place of our own git revision.
+        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come. ``tags``: also
+        in place of our own git revision.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
@@ -205,12 +204,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
-        except UserError as lost:
-            if kind is None:
-                raise
-            self._say(str(lost))  # what ended the study comes first: this may well follow from it
+        self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
 
     def _put(self, op: str, **values: Any) -> None:
         if not self._study:

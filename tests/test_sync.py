@@ -125,7 +125,7 @@ def test_after_a_killed_driver_all_is_there_and_nothing_runs(
     assert book.points(children["filed"], "val_acc") == [(1, 0.6), (2, 0.7)]
     assert book.points(children["lost"], "val_acc") == [(1, 0.6)]
     assert "rows.jsonl" in book.files(book.parent(NAME))
-    assert list((book.results / "spool").iterdir()) == []
+    assert list((book.results / "spool").glob("*.jsonl")) == []
     before = book.snapshot(NAME)
     status, found = sync(book.results, capsys)
     assert status == 0
@@ -203,7 +203,7 @@ def test_what_a_dead_driver_left_ends_nothing_of_a_living_one(
         dead.headline({"val_acc": 0.1})
         dead.finish("done", finished(2))
         assert dead.close("FAILED", timeout=0) == 13
-    (file,) = (book.results / "spool").iterdir()
+    (file,) = (book.results / "spool").glob("*.jsonl")
     file.rename(tmp_path / "aside")
     with book.open() as living:
         tell(living)

@@ -150,7 +150,7 @@ def test_a_driver_killed_in_an_outage_and_no_further_run(server: Server, tmp_pat
     assert remote.parent(NAME).info.status == "KILLED"
     assert remote.points(children["filed"], "val_acc") == [(1, 0.6), (2, 0.7)]
     assert remote.points(children["before"], "val_acc") == remote.points(children["lost"], "val_acc") == [(1, 0.6)]
-    assert list((results / "spool").iterdir()) == []
+    assert list((results / "spool").glob("*.jsonl")) == []
 
 
 def test_down_in_the_middle_and_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_down_in_the_middle_and_back(server: Server, tmp_path: Path, monkeypatch
     remote = book_of(server, tmp_path)
     assert [step for step, _ in remote.points(remote.children(NAME)["a"], "val_acc")] == list(range(1, 31))
     assert remote.parent(NAME).info.status == "FINISHED"
-    assert list((results / "spool").iterdir()) == []
+    assert list((results / "spool").glob("*.jsonl")) == []
 
 
 SEARCH = [
@@ -222,4 +222,4 @@ def test_a_search_whose_server_is_gone_for_good(server: Server, tmp_path: Path) 
     best = summary["confirmed"][0]["test_acc"]["mean"]
     assert remote.parent(name).data.metrics["test_acc"] == pytest.approx(best)
     assert "report.html" in remote.files(remote.parent(name))
-    assert list((tmp_path / "results" / "spool").iterdir()) == []
+    assert list((tmp_path / "results" / "spool").glob("*.jsonl")) == []

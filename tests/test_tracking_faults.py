@@ -165,7 +165,7 @@ def test_a_server_killed_in_the_middle_costs_nothing(
     server.ready()
     with Tracker.open(uri=server.uri, artifacts=None, spool=tmp_path / "hasty", say=said.append) as again:
         assert again.flush(60)
-    assert not list((tmp_path / "hasty").iterdir())
+    assert not list((tmp_path / "hasty").glob("*.jsonl"))
     delivered(patient)
     assert patient.close() == 0
     for study in ("patient", "hasty"):
