@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import bench
 from bench.config import UserError, unknown
-from bench.verbs import compare, matrix, report, robustness, search, train, transfer
+from bench.verbs import cluster, compare, matrix, report, robustness, search, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_results, verb
 
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_evaluate,
         _add_list,
         _add_ui,
+        cluster.add,
         _add_doctor,
     ):
         add(verbs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def _guarded(method: Callable[..., Result]) -> Callable[..., Result | None]:
 
 
 class Director:
-    """All that happens in a run, in one place; Tune's trial ids are the keys.
+    """All that happens in a run, in one place; Tune's trial ids are the keys. ``room``: for how many trials at a time.
 
     ``live``: what is handed out and not over. ``exhausted``: the source has no more. ``fault``: the
     exception that ends the run, be it the source's or a RepeatedError.
@@ -100,19 +101,20 @@ class Director:
         source: Source,
         *,
         trial: str,
-        concurrent: int,
+        room: Callable[[], int],
         log: Path,
         say: Callable[[str], None],
         tick: Callable[[], None] | None,
         interrupted: Callable[[], bool],
     ) -> None:
-        self._source, self._trial, self._concurrent, self._log = source, trial, concurrent, log
+        self._source, self._trial, self._room, self._log = source, trial, room, log
         self._say, self._tick, self._interrupted = say, tick, interrupted
         self.live: dict[str, _Live] = {}
         self.exhausted = False
         self._again: list[_Live] = []
         self.fault: Exception | None = None
         self._alike, self._place = 0, ""
+        self._most = math.inf  # what a GPU's memory has shown to be too many, less one
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles all that it is given, for a restoration that never comes
@@ -131,7 +133,7 @@ class Director:
     def suggest(self, trial_id: str) -> dict[str, str] | None:
         """Tune's configuration of the next trial: the whole task as one string, which Tune lets be."""
         self.beat()
-        live = self._next() if len(self.live) < self._concurrent else None
+        live = self._next() if len(self.live) < min(self._room(), self._most) else None
         if live is None:
             return None
         self.live[trial_id] = live
@@ -189,12 +191,23 @@ class Director:
     @_guarded
     def returned(self, trial_id: str, message: dict[str, Any]) -> None:
         """The trial function has come to its end."""
+        if message["crowded"] and len(self.live) > 1:
+            self._thin_out(trial_id)
+            return
         result = TrialResult.from_dict(message["result"])
         if message["traceback"]:
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
         self._complete(trial_id, result)
         self._note(message["where"], result.reason)
+
+    def _thin_out(self, trial_id: str) -> None:
+        """A GPU's memory was too small for all that are live: the trial is begun again, when one fewer is."""
+        self._most = len(self.live) - 1
+        live = self.live.pop(trial_id)
+        at_a_time = f"{self._most:.0f} trial{'s' if self._most > 1 else ''} at a time"
+        self._say(f"{live.task.uid}: out of GPU memory beside others; from now on {at_a_time}, and it is begun again.")
+        self._again.append(live)
 
     def _complete(self, trial_id: str, result: TrialResult) -> None:
         self._source.completed(self.live.pop(trial_id).task.uid, result)

@@ -21,8 +21,9 @@ class _Stopped(BaseException):
 class Running:
     """A trial function that has been called, and its messages: one per report, and then its result.
 
-    A report is ``{epoch, metrics}``; the result is ``{result, where, traceback}``, the latter two empty but
-    for an exception, which is a result like any other (status failed). All JSON-ready.
+    A report is ``{epoch, metrics}``; the result is ``{result, where, traceback, crowded}``, the latter three empty but
+    for an exception, which is a result like any other (status failed). ``crowded``: a GPU had no memory left, which
+    it may have when fewer trials share it. All JSON-ready.
     """
 
     def __init__(self, task: str) -> None:
@@ -58,7 +59,7 @@ class Running:
             result = _function(trial)(self._config, self._report, **options)
             if not isinstance(result, TrialResult):
                 raise TypeError(f"{trial} returned {type(result).__name__}, not TrialResult")
-            self._messages.put({"result": result.to_dict(), "where": "", "traceback": ""})
+            self._messages.put({"result": result.to_dict(), "where": "", "traceback": "", "crowded": False})
         except _Stopped:
             return
         except BaseException as error:  # noqa: BLE001  (becomes the result; unsent, step() would wait for ever)
@@ -77,4 +78,22 @@ def _failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     reason = " ".join(f"{type(error).__name__}: {error} ({where})".split())
     text = "".join(traceback.format_exception(error))
     result = TrialResult(config=config, status="failed", reason=reason)
-    return {"result": result.to_dict(), "where": f"{type(error).__name__} {where}", "traceback": text}
+    return {
+        "result": result.to_dict(),
+        "where": f"{type(error).__name__} {where}",
+        "traceback": text,
+        "crowded": _is_out_of_gpu_memory(error),
+    }
+
+
+def _is_out_of_gpu_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError, by its name (torch need not be there); or what cuDNN and cuBLAS say in its stead."""
+    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch":
+        return True
+    said = (
+        "CUDA out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

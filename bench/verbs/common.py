@@ -222,6 +222,7 @@ def options_of(given: argparse.Namespace) -> Options:
     from bench.place import Options
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
+    check_range("--gpus-per-trial", "gpus_per_trial", given.gpus_per_trial, 0, open_low=True)
     check_range("--workers-per-trial", "workers_per_trial", given.workers_per_trial, 1)
     return Options(
         results=given.results,
