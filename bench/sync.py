@@ -120,7 +120,6 @@ class _Sync:
         self._named = {left.study for left in lying}
         self._living = {left.study for left in lying if left.held}
         self._delivered = Counter[str]()
-        self._say = say
         self._delivery = deliver_to(self._deliver, uri, results / "spool", say)
 
     def _deliver(self, operation: Operation) -> None:
@@ -202,7 +201,7 @@ class _Sync:
 
     def _record(self, filed: Filed, seen: Seen | None, lack: _Lack) -> None:
         """What is lacking, as the study's driver would have told it."""
-        tracker = Tracker(self._store, self._delivery, self._uri, self._say)
+        tracker = Tracker(self._store, self._delivery, self._uri)
         # who ran it has said with what revision; we have not run it
         revision = filed.rows[-1]["provenance"].get("git_revision") if seen is None and filed.rows else None
         tags = {**filed.tags, "bench.git_revision": revision}

@@ -66,7 +66,7 @@ class Tracker:
         """
         check_uri(uri)
         store = Store(uri, artifacts, experiment, spool.with_name("mlflow.lock"))
-        return cls(store, deliver_to(store.deliver, uri, spool, say), uri, say)
+        return cls(store, deliver_to(store.deliver, uri, spool, say), uri)
 
     def study(
         self,
