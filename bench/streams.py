@@ -8,12 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 from bench.config import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 
 @contextmanager
@@ -54,7 +51,7 @@ def _duplicate(descriptor: int) -> TextIO:
 class _Lossy(io.FileIO):
     """A print to a log whose disk is full must not end the library that prints."""
 
-    def write(self, data: ReadableBuffer) -> int:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
         except OSError:
