@@ -64,8 +64,8 @@ class Search:
         assert process.returncode == 2, (process.returncode, err)
         assert out == ""
         assert "Traceback" not in err
-        (line,) = [line for line in err.splitlines() if line.startswith("bench: ")]
-        assert err.endswith(f"{line}\n")
+        line = err.splitlines()[-1]
+        assert line.startswith("bench: ")
         return line
 
     def end(self) -> dict[str, Any]:
