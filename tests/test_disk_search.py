@@ -64,8 +64,8 @@ class Search:
         assert process.returncode == 2, (process.returncode, err)
         assert out == ""
         assert "Traceback" not in err
-        (line,) = [line for line in err.splitlines() if line.startswith("bench: ")]
-        assert err.endswith(f"{line}\n")
+        line = err.splitlines()[-1]
+        assert line.startswith("bench: ")
         return line
 
     def end(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield made
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("rows", [0, 2])
 def test_a_disk_that_fills_in_the_middle(disk: SmallDisk, rows: int) -> None:
     search = Search(disk.path / "results", "--set", "train_examples=64")
     process = search.start()
