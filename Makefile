@@ -17,7 +17,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 INSTALLED_BROWSER := $(VENV)/installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-browser chromium dashboards check format clean
+.PHONY: help demo test test-faults test-browser chromium postgresql dashboards check format clean
 
 help:
 	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
@@ -35,8 +35,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
 
-test-faults: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -m faults
+test-faults: $(INSTALLED_DEV) postgresql
+	$(BIN)/python -m pytest -m faults -rs
 
 test-browser: $(INSTALLED_BROWSER) chromium
 	$(BIN)/python -m pytest -m browser -rs
@@ -45,6 +45,12 @@ test-browser: $(INSTALLED_BROWSER) chromium
 chromium:
 	@command -v chromium >/dev/null || apt-get install -y chromium || \
 	{ apt-get update && apt-get install -y chromium; } || echo "no Chromium, and it could not be installed" >&2
+
+# The same; the server is started by the tests, in a folder of their own.
+postgresql:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+	apt-get install -y postgresql || { apt-get update && apt-get install -y postgresql; } || \
+	echo "no PostgreSQL, and it could not be installed" >&2
 
 PUBLISHED := results/published
 dashboards: $(INSTALLED)
@@ -69,11 +75,11 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(INSTALLED_DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,postgresql]'
 	@touch $(INSTALLED) $@
 
 $(INSTALLED_BROWSER): $(INSTALLED_DEV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,browser]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,postgresql,browser]'
 	@touch $@
 
 $(BIN)/python:

@@ -7,15 +7,17 @@ seeds. What is finished is a row, and is never run again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.checkpoint import location
 from bench.choices import OBJECTIVES
-from bench.config import StudyConfig, TrialConfig, TrialResult
+from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
+from bench.drivers import LaterError
 from bench.learning.rules import parse_rule
 from bench.place import Place
 from bench.rows import Row, RowFile, control_uid, result_of
@@ -26,6 +28,9 @@ from bench.summary import summarize
 
 #: The rules that every confirmed configuration stands beside.
 CONTROLS = ("backprop", "feedback")
+
+#: Seconds between two questions of a driver that waits for others.
+POLL = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class Campaign(Runs):
         super().__init__(ready.config.name, ready.place, tracker, files)  # type: ignore[arg-type]
         self.config, self._space, self._study = ready.config, ready.space, study
         self._objective = OBJECTIVES[ready.config.objective].metrics
+        self._not_before = 0.0
 
     # --- what there is to run
 
@@ -117,21 +123,61 @@ class Campaign(Runs):
     # --- director.Source
 
     def next(self) -> Task | Wait | None:
+        if time.monotonic() < self._not_before:
+            return WAIT
+        try:
+            with self._study.gate():
+                task = self._next()
+        except LaterError:
+            task = WAIT
+        if task is WAIT and self._study.drivers.shared:
+            self._not_before = time.monotonic() + POLL
+        return task
+
+    def _next(self) -> Task | Wait | None:
+        self.look_again()
         while proposal := self._study.ask():
-            if proposal.uid in self._done:  # killed between the row and the tell
-                self._study.tell(proposal.uid, result_of(self._done[proposal.uid]))
-                continue
             config = trial_config(self.config, self._space.changes(proposal.params))
+            if proposal.uid in self._done:  # killed between the row and the tell
+                self._study.tell(proposal.uid, self._known(proposal.uid, config))
+                continue
             return self._task(proposal.uid, Planned(config=config, kind="search"))
         if any(self._open(self.control_tasks())):
-            self._done |= self._row_files["control"].by_uid()  # another search may have run some meanwhile
-        for uid, plan in self._open(self.control_tasks()):
+            self._done |= self._row_files["control"].news()  # another search may have run some meanwhile
+        for uid, plan in self._free(self.control_tasks()):
             return self._task(uid, plan)
         if self.searching:
             return WAIT
-        for uid, plan in self._open(self.confirm_tasks()):
+        for uid, plan in self._free(self.confirm_tasks()):
             return self._task(uid, plan)
-        return WAIT if self.awaits_controls() else None
+        return WAIT if self.awaits_controls() or self._awaits_drivers() else None
+
+    def _known(self, uid: str, config: TrialConfig) -> TrialResult:
+        """The trial's result, from its row; UserError if that is of another trial: the study was put back, or lost."""
+        result = result_of(self._done[uid])
+        if result.config != config:
+            raise UserError(
+                f"study {self.config.name!r}: the row {uid} is of other coefficients than the study's; restore the "
+                "journal.log (or the storage) that belongs to rows.jsonl, or begin again under another --name."
+            )
+        return result
+
+    def _free(self, plans: Mapping[str, Planned]) -> Iterator[tuple[str, Planned]]:
+        """What of these nobody has under way, in this driver or another."""
+        return (found for found in self._open(plans) if found[0] not in self._study.drivers.taken)
+
+    def _awaits_drivers(self) -> bool:
+        """Whether another driver has the last runs under way; if it is lost, they are run here."""
+        return any(self._open(self.control_tasks())) or any(self._open(self.confirm_tasks()))
+
+    def look_again(self) -> None:
+        """Read what other drivers have filed. What failed there is not tried again here: it is one start."""
+        if self._study.drivers.shared:
+            news = self._row_files["search"].news() | self._row_files["control"].news()
+            known = {uid: row for uid, row in news.items() if uid not in self._done}
+            self._done |= known
+            ours = [row for row in known.values() if row["study"] == self.name]
+            self._failed_here |= {row["uid"] for row in ours if row["status"] == "failed"}
 
     def awaits_controls(self) -> bool:
         """Whether another search of the same programme has a control of ours under way."""
@@ -139,7 +185,14 @@ class Campaign(Runs):
         return any(uid is not None and uid not in self._running and self.elsewhere(uid) for uid in following)
 
     def _task(self, uid: str, plan: Planned) -> Task:
+        self._study.drivers.own.add(uid)
         return super()._task(uid, plan.with_options(checkpoint=location(self._checkpoint(uid))))
+
+    def completed(self, uid: str, result: TrialResult) -> None:
+        trial = self._running[uid].plan.kind == "search"
+        super().completed(uid, result)
+        if not trial:  # a trial is given up when it is told
+            self._study.drivers.own.discard(uid)
 
     def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         super().reported(uid, epoch, metrics)

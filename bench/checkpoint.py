@@ -6,10 +6,12 @@ no run its training: what cannot be saved or found there now is said on stderr, 
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 
 from bench.config import TrialConfig, UserError
+from bench.disk import on_disk
 from bench.objects import AwayError, ObjectFile, discard, is_uri, within
 from bench.uploads import UPLOADS, tell
 
@@ -47,9 +50,9 @@ def write_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the whole state, at once or not at all: a process that is killed leaves the old file or the new one.
+    """Write the whole state, at once or not at all: a kill, or a power cut, leaves the old file or the new one.
 
-    To a store it is on its way when this returns; see `settle_checkpoint`.
+    DiskError if the disk does not take it. To a store it is on its way when this returns; see `settle_checkpoint`.
     """
     state = {
         "config": config.to_dict(),
@@ -65,10 +68,15 @@ def write_checkpoint(
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with on_disk(path):
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that takes no change; the next start sweeps
+            temporary.unlink(missing_ok=True)
 
 
 def settle_checkpoint(path: File) -> None:
@@ -95,15 +103,20 @@ def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
 
 
 def prepare_checkpoint(path: Path) -> None:
-    """Make its folder, and sweep what a killed writer left; UserError if it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{path.name}.*.new"):
+    """Make its folder, and sweep what a killed writer left; UserError now, not after an epoch, if it is no place.
+
+    DiskError if the disk does not take it: among others, one that was taken away, with the folder's own folder.
+    """
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a folder; name a file.")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"checkpoint {path}: {path.parent} is no folder; name a file in one.")
+    with on_disk(path):
+        path.parent.mkdir(exist_ok=True)
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.new"):
             stale.unlink(missing_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"checkpoint {path} cannot be written; name a file in a folder that can be.")
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}; name a file in a folder that can be written.") from error
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def read_checkpoint(path: File, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -134,8 +147,9 @@ def remove_checkpoint(path: File) -> None:
     if isinstance(path, ObjectFile):
         discard(path)
         return
-    for file in path.parent.glob(f"{glob.escape(path.name)}*"):
-        file.unlink(missing_ok=True)
+    with on_disk(path):
+        for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+            file.unlink(missing_ok=True)
 
 
 def load_weights(path: File, model: nn.Module, weights: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ REDUCTION = 3
 class Row:
     """A way to propose trials, ``make(seed, number of random ones)``, or to stop them, ``make(epochs)``.
 
+    ``sees`` (of a sampler): how many trials it is shown at most: a proposal's cost does not grow with the study.
     ``several``: whether Optuna lets it be used where there is more than one objective. ``conditional`` (of a sampler):
     whether it learns from parameters that only some trials have.
     """
@@ -35,6 +36,7 @@ class Row:
     source: str
     several: bool = False
     conditional: bool = False
+    sees: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ SAMPLERS = _by_name(
         summary="Gaussian process, expected improvement (of the hypervolume); best for a few dozen trials",
         source="Optuna's GPSampler; Ament et al. 2023, arXiv 2310.20708; Daulton et al. 2020, arXiv 2006.05078",
         several=True,
+        sees=300,
     ),
     Row(
         name="tpe",
@@ -88,12 +91,14 @@ SAMPLERS = _by_name(
         source="Optuna's TPESampler; Bergstra et al. 2011, Watanabe 2023, arXiv 2304.11127",
         several=True,
         conditional=True,
+        sees=1000,
     ),
     Row(
         name="cmaes",
         make=lambda seed, startup: CmaEsSampler(seed=seed, n_startup_trials=startup),
         summary="covariance matrix adaptation; for hundreds of trials of continuous coefficients",
         source="Optuna's CmaEsSampler; Hansen 2016, arXiv 1604.00772",
+        sees=1000,
     ),
     Row(
         name="random",

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 import bench
 from bench.config import UserError, unknown
-from bench.verbs import compare, matrix, report, robustness, search, train, transfer
+from bench.disk import find_disk_error
+from bench.verbs import cluster, compare, matrix, report, robustness, search, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_kept, add_results, at_hand, verb
 
 
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:  # of a disk: wherever it came, it is no bug
+        if (fault := find_disk_error(error)) is None:
+            raise
+        print(f"bench: {fault}", file=sys.stderr)
+        return BAD_INPUT
     return status
 
 
@@ -55,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_evaluate,
         _add_list,
         _add_ui,
+        cluster.add,
         _add_doctor,
     ):
         add(verbs)

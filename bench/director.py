@@ -8,16 +8,19 @@ from __future__ import annotations
 import enum
 import functools
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bench.config import TrialConfig, TrialResult, UserError
+from bench.disk import DiskError
 
 Result = TypeVar("Result")
 
-#: A worker that is lost once more than this takes its trial with it.
+#: A worker that is lost, or runs out of memory, once more than this takes its trial with it.
 MAX_LOSSES = 2
 #: So many failures in a row, all at one place in the code, end the run: the next would fail as well.
 ALIKE_FAILURES = 3
@@ -68,7 +71,7 @@ class RepeatedError(UserError):
 class _Live:
     task: Task
     started: bool = False
-    losses: int = 0
+    losses: list[str] = field(default_factory=list)
     history: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
@@ -89,7 +92,7 @@ def _guarded(method: Callable[..., Result]) -> Callable[..., Result | None]:
 
 
 class Director:
-    """All that happens in a run, in one place; Tune's trial ids are the keys.
+    """All that happens in a run, in one place; Tune's trial ids are the keys. ``room``: for how many trials at a time.
 
     ``live``: what is handed out and not over. ``exhausted``: the source has no more. ``fault``: the
     exception that ends the run, be it the source's or a RepeatedError.
@@ -100,19 +103,20 @@ class Director:
         source: Source,
         *,
         trial: str,
-        concurrent: int,
+        room: Callable[[], int],
         log: Path,
         say: Callable[[str], None],
         tick: Callable[[], None] | None,
         interrupted: Callable[[], bool],
     ) -> None:
-        self._source, self._trial, self._concurrent, self._log = source, trial, concurrent, log
+        self._source, self._trial, self._room, self._log = source, trial, room, log
         self._say, self._tick, self._interrupted = say, tick, interrupted
         self.live: dict[str, _Live] = {}
         self.exhausted = False
         self._again: list[_Live] = []
         self.fault: Exception | None = None
         self._alike, self._place = 0, ""
+        self._most = math.inf  # what a GPU's memory has shown to be too many, less one
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles all that it is given, for a restoration that never comes
@@ -131,7 +135,7 @@ class Director:
     def suggest(self, trial_id: str) -> dict[str, str] | None:
         """Tune's configuration of the next trial: the whole task as one string, which Tune lets be."""
         self.beat()
-        live = self._next() if len(self.live) < self._concurrent else None
+        live = self._next() if len(self.live) < min(self._room(), self._most) else None
         if live is None:
             return None
         self.live[trial_id] = live
@@ -156,15 +160,18 @@ class Director:
     @_guarded
     def lost(self, trial_id: str, cause: str) -> None:
         """The worker process is gone; its trial is begun again by another one, though not for ever."""
-        if trial_id not in self.live:  # over before: the worker was lost in its last moment
-            return
+        if trial_id in self.live:  # or over before: the worker was lost in its last moment
+            self._begin_again(trial_id, "lost its worker process", cause)
+
+    def _begin_again(self, trial_id: str, what: str, cause: str) -> None:
         live = self.live[trial_id]
-        live.losses += 1
-        if live.losses <= MAX_LOSSES:
-            self._say(f"{live.task.uid}: lost its worker process ({cause}); the trial is begun again.")
+        live.losses.append(what)
+        if len(live.losses) <= MAX_LOSSES:
+            self._say(f"{live.task.uid}: {what} ({cause}); the trial is begun again.")
             self._again.append(self.live.pop(trial_id))
             return
-        reason = f"lost its worker process {live.losses} times ({cause})"
+        times = [f"{each} {count} {'time' if count == 1 else 'times'}" for each, count in Counter(live.losses).items()]
+        reason = f"{' and '.join(times)} ({cause})"
         self._complete(trial_id, TrialResult(config=live.task.config, status="failed", reason=reason))
         self._note(reason, reason)
 
@@ -188,13 +195,36 @@ class Director:
 
     @_guarded
     def returned(self, trial_id: str, message: dict[str, Any]) -> None:
-        """The trial function has come to its end."""
+        """The trial function has come to its end, be it another's fault: a disk's ends the run, and not the trial."""
         result = TrialResult.from_dict(message["result"])
         if message["traceback"]:
-            with self._log.open("a", encoding="utf-8") as log:
-                log.write(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
+            self._keep(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
+        if message["blame"] == "disk":
+            raise DiskError(result.reason)
+        if message["blame"] == "GPU memory" and len(self.live) > 1:
+            self._thin_out(trial_id)
+            return
+        if message["blame"] in ("memory", "GPU memory"):
+            self._begin_again(trial_id, f"ran out of {message['blame']}", result.reason or "")
+            return
         self._complete(trial_id, result)
         self._note(message["where"], result.reason)
+
+    def _thin_out(self, trial_id: str) -> None:
+        """A GPU's memory was too small for all that are live: the trial is begun again, when one fewer is."""
+        self._most = len(self.live) - 1
+        live = self.live.pop(trial_id)
+        at_a_time = f"{self._most:.0f} trial{'s' if self._most > 1 else ''} at a time"
+        self._say(f"{live.task.uid}: out of GPU memory beside others; from now on {at_a_time}, and it is begun again.")
+        self._again.append(live)
+
+    def _keep(self, text: str) -> None:
+        """Add to the log, if it can be written: what went wrong is said in any case."""
+        try:
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(text)
+        except OSError as error:
+            self._say(f"{self._log}: a traceback could not be kept there ({error.strerror}).")
 
     def _complete(self, trial_id: str, result: TrialResult) -> None:
         self._source.completed(self.live.pop(trial_id).task.uid, result)

@@ -8,8 +8,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bench.config import UserError
+from bench.disk import disk_error, on_disk
 
 #: What a folder under the results can be of, by the file that says so.
 BOOKS = {
@@ -31,11 +33,12 @@ class BusyError(UserError):
     """Another process has the study."""
 
 
-def claim(folder: Path) -> int:
+def claim(folder: Path, *, shared: bool = False) -> int:
     """Take ``folder`` (made if need be) for this process; returns the descriptor that holds it.
 
     The operating system lets go of it when this process ends, however it ends; ``os.close`` does so
-    before. `BusyError` if another process has it; a UserError if it cannot be written.
+    before. ``shared``: with others that take it so, and with none that does not. `BusyError` if another
+    process has it; a UserError if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +46,9 @@ def claim(folder: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --results folder.") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = os.read(descriptor, 20).decode() or "unknown"
+        owner = os.read(descriptor, 40).decode() or "unknown"
         os.close(descriptor)
         raise BusyError(
             f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or "
@@ -56,8 +59,12 @@ def claim(folder: Path) -> int:
         raise UserError(
             f"cannot lock {folder} ({error.strerror}); choose a --results folder on a local disk."
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"with --storage" if shared else str(os.getpid()).encode(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise disk_error(folder / "lock", error) from error
     return descriptor
 
 
@@ -78,10 +85,15 @@ def mend(journal: Path, say: Callable[[str], None]) -> None:
     that Optuna's process died with (a symbolic link, for which the next would wait 30 s) is removed. A
     UserError if any other line is damaged.
     """
-    for remains in (journal.with_name(f"{journal.name}.lock"), *journal.parent.glob(f"{journal.name}.lock*.rename")):
-        remains.unlink(missing_ok=True)
-    if not journal.exists():
-        return
+    with on_disk(journal):
+        remains = (journal.with_name(f"{journal.name}.lock"), *journal.parent.glob(f"{journal.name}.lock*.rename"))
+        for path in remains:
+            path.unlink(missing_ok=True)
+        if journal.exists():
+            _cut(journal, say)
+
+
+def _cut(journal: Path, say: Callable[[str], None]) -> None:
     whole, lines = 0, journal.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if _is_whole(line):
@@ -103,3 +115,29 @@ def _is_whole(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+class WholeLines:
+    """Around Optuna's backend of a journal in a file: what is appended is written whole, or not at all.
+
+    Optuna's own leaves a part of a line where the disk is full, and begins a new file where the journal is gone.
+    Errors: DiskError, whatever it was.
+    """
+
+    def __init__(self, journal: Path, backend: Callable[[str], Any]) -> None:
+        self._journal = journal
+        with on_disk(journal):
+            self._backend = backend(str(journal))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with on_disk(self._journal):
+            size = self._journal.stat().st_size
+            try:
+                self._backend.append_logs(logs)
+            except Exception:
+                os.truncate(self._journal, size)
+                raise
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        with on_disk(self._journal, "read"):
+            yield from self._backend.read_logs(log_number_from)

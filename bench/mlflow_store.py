@@ -9,6 +9,8 @@ A parent run per study (tag bench.kind = study), and one level of children below
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -71,12 +73,13 @@ class _Study:
 class Store:
     """The operations, carried out in MLflow. Only the delivery thread calls it."""
 
-    def __init__(self, uri: str, artifacts: Path | None, experiment: str) -> None:
+    def __init__(self, uri: str, artifacts: Path | None, experiment: str, lock: Path | None = None) -> None:
         self.experiment_id: str | None = None
         self.parents: dict[str, str] = {}
         self._uri = uri
         self._artifacts = artifacts
         self._experiment = experiment
+        self._lock = lock  # a file that the drivers of a study share
         self._client: Any = None
         self._studies: dict[tuple[str, str], _Study] = {}
 
@@ -156,6 +159,30 @@ class Store:
         self._studies[operation["study"], operation["identity"]] = study
         return study
 
+    def _of_others(self, operation: Operation) -> _Run | None:
+        """A child that another driver made, since this one looked."""
+        study = self._known_study(operation)
+        same = f"tags.`mlflow.parentRunId` = '{study.parent}' AND tags.`bench.uid` = '{operation['uid']}'"
+        for run in self._search(same):
+            made = _Run(run_id=run.info.run_id, status=run.info.status, outcome=run.data.tags.get("bench.status"))
+            return study.runs.setdefault(operation["uid"], made)
+        return None
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Two drivers that look for a study's run at once would both make one."""
+        if self._lock is None:
+            yield
+            return
+        try:
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            file = self._lock.open("w")
+        except OSError as error:
+            raise UnreachableError(_brief(error)) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def _known_study(self, operation: Operation) -> _Study:
         study = self._study(operation)
         if study is None:
@@ -225,11 +252,13 @@ class Store:
 
     def begin(self, operation: Operation) -> None:
         """Find or make the parent run; end the children that a dead driver left running."""
-        study = self._study(operation)
-        if study is None:
-            study = self._remember(operation, self._create(operation, operation["tags"], operation["study"]))
-        else:
-            self._client.update_run(study.parent, "RUNNING")
+        with self._apart():
+            self._studies.pop((operation["study"], operation["identity"]), None)  # others may have written since
+            study = self._study(operation)
+            if study is None:
+                study = self._remember(operation, self._create(operation, operation["tags"], operation["study"]))
+            else:
+                self._client.update_run(study.parent, "RUNNING")
         changed = self._write_params(study.parent, operation["params"])
         # A parameter never changes in MLflow; what may grow (the number of trials) goes on as a tag.
         self._write_tags(study.parent, {**operation["tags"], **{f"now.{key}": v for key, v in changed.items()}})
@@ -242,7 +271,7 @@ class Store:
         """Find the child with this uid and reopen it, or make it."""
         study = self._known_study(operation)
         tags = {**operation["tags"], "mlflow.parentRunId": study.parent}
-        run = study.runs.get(operation["uid"])
+        run = study.runs.get(operation["uid"]) or (self._of_others(operation) if operation.get("shared") else None)
         if run is None:
             run = _Run(run_id=self._create(operation, tags, operation["name"]), status="RUNNING", epochs=set())
             study.runs[operation["uid"]] = run
@@ -287,7 +316,10 @@ class Store:
             self.finish(operation)
 
     def interrupt(self, operation: Operation) -> None:
-        self._interrupt(self._child(operation), operation["time"])
+        """End a run that goes on elsewhere, or later; not one that has come to its end meanwhile."""
+        run = self._child(operation)
+        if self._client.get_run(run.run_id).info.status == "RUNNING":
+            self._interrupt(run, operation["time"])
 
     def _interrupt(self, run: _Run, when: int) -> None:
         self._write_tags(run.run_id, {"bench.status": "interrupted"})

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.config import TrialConfig
+from bench.config import TrialConfig, UserError
 from bench.evaluators.adversarial import ATTACKS
+from bench.joining import check_address
 from bench.noise import SITES
 from bench.objects import child
 from bench.provenance import usable_cores
-from bench.stores import check_uri, embedded
+from bench.stores import check_storage, check_uri, embedded
 from bench.training import pick_device, prepare, update_levels
 
 
@@ -47,9 +48,9 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one of ``concurrent`` trials has of the machine."""
+    """What one of ``concurrent`` trials has of the machine; None: there are as many as a cluster has room for."""
 
-    concurrent: int
+    concurrent: int | None
     threads: int
     gpus: float
 
@@ -72,17 +73,28 @@ class Place:
     artifacts: Path | None
 
 
-def share_out(concurrent: int | None, device_type: str) -> Share:
-    """Cores, or GPUs, divided among the trials: on the CPU a trial per core, because one thread wastes nothing."""
+def share_out(options: Options, device_type: str) -> Share:
+    """Cores, or GPUs, divided among the trials: on the CPU a trial per core, because one thread wastes nothing.
+
+    A GPU's trials are one each, unless ``gpus_per_trial`` says otherwise. In a cluster that is joined there are as many
+    trials as it has room for, with one core each. UserError for a share of GPUs where there is none.
+    """
+    concurrent, gpus = options.concurrent, options.gpus_per_trial
+    if device_type != "cuda" and gpus:
+        raise UserError(
+            f"--gpus-per-trial {gpus:g} has no effect on {device_type}; leave it out, or use --device cuda."
+        )
+    if options.address is not None:
+        return Share(concurrent=concurrent, threads=1, gpus=(gpus or 1.0) if device_type == "cuda" else 0.0)
     cores = max(1, int(usable_cores()))
     if device_type != "cuda":
         trials = concurrent or cores
         return Share(concurrent=trials, threads=max(1, cores // trials), gpus=0.0)
     import torch
 
-    gpus = torch.cuda.device_count()
-    trials = concurrent or gpus
-    return Share(concurrent=trials, threads=max(1, cores // trials), gpus=min(1.0, gpus / trials))
+    found = torch.cuda.device_count()
+    trials = concurrent or (int(found / gpus + 1e-9) if gpus else found) or 1
+    return Share(concurrent=trials, threads=max(1, cores // trials), gpus=gpus or min(1.0, found / trials))
 
 
 def survey(options: Options, config: TrialConfig) -> Place:
@@ -90,11 +102,17 @@ def survey(options: Options, config: TrialConfig) -> Place:
     uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
     if options.tracking_uri:
         check_uri(uri)
-    device = pick_device(options.device).type
+    if options.storage:
+        check_storage(options.storage)
+    if options.address is not None:
+        check_address(options.address)
+    # the machines of a cluster may have what this one lacks
+    elsewhere = options.address is not None and options.device != "auto"
+    device = options.device.partition(":")[0] if elsewhere else pick_device(options.device).type
     data = prepare(config, data_dir=options.data_dir, device="cpu").data
     return Place(
         options=options,
-        share=share_out(options.concurrent, device),
+        share=share_out(options, device),
         dataset=(data.name, data.digest),
         examples={str(split): count for split, count in data.sizes.items()},
         chance=1.0 / data.classes,

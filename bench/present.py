@@ -54,11 +54,21 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
         out.print(line, markup=False)
     if summary["rule"] == ANY and summary["matrix"] is None:
         out.print(f"there is no matrix of {summary['arch']} to compare it with: bench matrix runs one", markup=False)
+    if len(summary["code"]) > 1:
+        made = ", ".join(f"{code['runs']} with {_code_words(code)}" for code in summary["code"])
+        out.print(f"not all runs were made by the same code: {made}", markup=False)
     best = Path(summary["folder"]) / "best.yaml"
     if best.exists():
         what = "best compromise of the front" if summary["objective"] == "both" else "best configuration"
         out.print(f"{what}: {best}", markup=False)
     print_link(out, summary, options)
+
+
+def _code_words(code: Mapping[str, Any]) -> str:
+    """Enough to tell it from others."""
+    revision = str(code["git_revision"] or "no checkout")
+    short = revision[:8] + ("-dirty" if revision.endswith("-dirty") else "")
+    return f"bench {code['bench']} ({short}, source {code['source']}, torch {code['torch']}, optuna {code['optuna']})"
 
 
 def print_robustness(outcome: str, summary: Mapping[str, Any], options: Options) -> None:

@@ -6,6 +6,7 @@ trial's number, and sees a copy of the study in memory.
 
 from __future__ import annotations
 
+import heapq
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from bench.choices import OBJECTIVES, make_sampler
+from bench.choices import OBJECTIVES, SAMPLERS, make_sampler
 from bench.config import StudyConfig, UserError
 
 Distributions = Mapping[str, BaseDistribution]
@@ -34,8 +35,8 @@ def propose(
     """Parameters for the next trial, and what the sampler wants kept with it (CMA-ES: its state).
 
     Trial i of a warm start is ``config.warm[i]``. The sampler sees what `as_completed` makes of stopped trials (with
-    two objectives there are none). A parameter whose switch is off is no parameter of the trial: the switches are
-    proposed first.
+    two objectives there are none), and of many trials those that are `shown`. A parameter whose switch is off is no
+    parameter of the trial: the switches are proposed first.
     """
     number = len(trials)
     if number < len(config.warm):
@@ -44,13 +45,29 @@ def propose(
     sampler = make_sampler(config.sampler, seed, budget(config, distributions))
     several = len(OBJECTIVES[config.objective].metrics)
     copy = optuna.create_study(directions=["maximize"] * several, sampler=sampler)
-    copy.add_trials(trials if several > 1 else as_completed(trials, chance))
+    seen = shown(trials, SAMPLERS[config.sampler].sees)
+    copy.add_trials(seen if several > 1 else as_completed(seen, chance))
     trial = copy.ask({name: d for name, d in distributions.items() if name not in conditions})
     for name, switch in conditions.items():
         if trial.params[switch]:
             _suggest(trial, name, distributions[name])
-    state = copy.get_trials(deepcopy=False)[number].system_attrs
+    state = copy.get_trials(deepcopy=False)[len(seen)].system_attrs
     return dict(trial.params), {key: value for key, value in state.items() if key.startswith("cma:")}
+
+
+def shown(trials: Sequence[FrozenTrial], most: int) -> list[FrozenTrial]:
+    """Of the trials at most so many, in their order: the newest half, all that are running, and the best of the rest.
+
+    With two objectives the best are those with the greatest sum.
+    """
+    if len(trials) <= most:
+        return list(trials)
+    recent = {t.number for t in trials[len(trials) - most // 2 :]}
+    recent |= {t.number for t in trials if t.state == TrialState.RUNNING}
+    valued = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in recent]
+    best = heapq.nsmallest(max(0, most - len(recent)), valued, key=lambda t: (-sum(t.values), t.number))
+    kept = recent | {t.number for t in best}
+    return [t for t in trials if t.number in kept] if most else []
 
 
 def budget(config: StudyConfig, distributions: Distributions) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ _PACKAGES = ("torch", "ray", "optuna", "mlflow", "numpy")
 def provenance(device: str) -> dict[str, Any]:
     """What a result row keeps of code and machine; ``device`` as torch writes it: cpu, cuda, cuda:1, mps.
 
-    git_revision (null outside a checkout), versions, platform, cpu (model), cores (usable), device, device_name.
+    git_revision (null outside a checkout), source (see `source_digest`), versions, platform, cpu (model),
+    cores (usable), device, device_name.
     """
     return copy.deepcopy(_provenance(device))
 
@@ -31,6 +34,7 @@ def _provenance(device: str) -> dict[str, Any]:
     cpu = cpu_model()
     return {
         "git_revision": git_revision(),
+        "source": source_digest(),
         "versions": _versions(device),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu,
@@ -53,6 +57,23 @@ def git_revision(package: Path = Path(bench.__file__).parent) -> str | None:
     if revision is None or changes is None:
         return None
     return f"{revision}-dirty" if changes else revision
+
+
+@functools.cache
+def source_digest(package: Path = Path(bench.__file__).parent) -> str:
+    """Sixteen hexadecimal digits (sha256) of this package's modules: tells two states of a dirty checkout apart."""
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        for part in (path.relative_to(package).as_posix().encode(), path.read_bytes()):
+            found.update(len(part).to_bytes(8, "big") + part)
+    return found.hexdigest()[:16]
+
+
+def code_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row's provenance, the part that says which code made it; older rows say less."""
+    versions = provenance.get("versions") or {}
+    known = {name: provenance.get(name) for name in ("git_revision", "source")}
+    return {**known, **{name: versions.get(name) for name in ("bench", "torch", "optuna")}}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
+from bench.disk import on_disk
 
 if TYPE_CHECKING:
     import pandas
@@ -66,35 +67,31 @@ class RowFile:
         self._uids: set[str] = set()  # what the file held when it was last read, by an append:
         self._lines = 0  # so many lines,
         self._end = 0  # so many bytes
+        self._known = False  # it has been there
+        self._missing = [f for f in reversed(path.absolute().parents) if not f.exists()]
+        self._read_end = 0  # of what was read by `news`
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one line, and return when it is on the disk.
 
         Errors: UserError for a row without the right keys, a number that is not finite, a uid that is in
-        the file already, and a folder that cannot be written.
+        the file already, and (a DiskError) a place that cannot be written, or is gone.
         """
         line = _line(row)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._catch_up(file)
-                if row["uid"] in self._uids:
-                    raise UserError(f"{self.path}: uid {row['uid']!r} is there already; a run is filed once.")
-                self._write(file, line)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; free or permit the place.") from error
+        with on_disk(self.path), self._open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._catch_up(file)
+            if row["uid"] in self._uids:
+                raise UserError(f"{self.path}: uid {row['uid']!r} is there already; a run is filed once.")
+            self._write(file, line)
 
     def read(self) -> list[Row]:
         """All rows. A torn last line is left out and said; a corrupt one before it is a UserError."""
-        if not self.path.exists():
-            return []
-        try:
+        with on_disk(self.path, "read"):
+            self._known = self._known or self.path.exists()
+            if not self._known:
+                return []
             whole, torn = _split(self.path.read_bytes())
-        except OSError as error:
-            raise UserError(
-                f"cannot read {self.path}: {error.strerror}; permit it, or remove what is there."
-            ) from error
         if torn:
             self._say(f"{self.path}: the last line is torn ({len(torn)} bytes: a writer was killed there); left out.")
         return _parse(self.path, whole, set(), 1)
@@ -102,6 +99,32 @@ class RowFile:
     def by_uid(self) -> dict[str, Row]:
         """All rows by their uid, in the order of the file."""
         return {row["uid"]: row for row in self.read()}
+
+    def _open(self) -> io.FileIO:
+        """The file, made with its folder if it never was there: one that has gone since took the study with it."""
+        if not self._known:
+            for folder in self._missing:
+                folder.mkdir(exist_ok=True)
+        made = 0 if self._known else os.O_CREAT
+        file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_APPEND | made, 0o666), "a+")
+        self._known = True
+        return file
+
+    def news(self) -> dict[str, Row]:
+        """By uid, the rows that were appended since the last call; at first, all. A torn last line is not there yet."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read_end)
+                whole, _ = _split(file.read())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.path}: {error.strerror}; permit it, or remove what is there."
+            ) from error
+        self._read_end += len(whole)
+        rows = [found for line in whole.splitlines() if (found := _load(line)) is not None]  # `read` says what is not
+        return {row["uid"]: row for row in rows}
 
     def _catch_up(self, file: io.FileIO) -> None:
         """Learn what others appended since, and cut what a killed writer left behind."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from bench.checkpoint import File, checkpoint_file, remove_checkpoint
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
+from bench.disk import DiskError
 from bench.objects import child
 from bench.place import Place
 from bench.provenance import provenance
@@ -193,6 +194,8 @@ class Runs:
         """Append the row; a control that another search has filed meanwhile is that one's."""
         try:
             self._row_files[kind].append(filed)
+        except DiskError:
+            raise
         except UserError:
             known = self._row_files[kind].by_uid().get(filed["uid"]) if kind == "control" else None
             if known is None:
@@ -210,8 +213,9 @@ class Runs:
         """How long it has taken, and will take: so many are left, of kinds that take unlike times."""
         gone = f"{duration(time.monotonic() - self._started_at)} gone"
         kinds = [(trainings, self._seconds[False]), (evaluations, self._seconds[True])]
+        at_a_time = self._place.share.concurrent or max(1, len(self._running))
         known = [count * sum(each) / len(each) for count, each in kinds if count and each]
-        return f"{gone}, about {duration(sum(known) / self._place.share.concurrent)} left" if known else gone
+        return f"{gone}, about {duration(sum(known) / at_a_time)} left" if known else gone
 
     def _lines(self) -> list[str]:
         """A line for each run under way."""
@@ -256,6 +260,7 @@ def carry_out(
         concurrent=place.share.concurrent,
         cpus_per_trial=place.share.threads,
         gpus_per_trial=place.share.gpus,
+        address=place.options.address,
         log=log,
         say=say,
         tick=None if watch is None else watch(source),

@@ -21,7 +21,10 @@ from bench.config import UserError
 
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
+
+#: What an Optuna storage can be.
+_DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "sqlite")
 
 
 def embedded(results: Path) -> tuple[str, Path]:
@@ -31,7 +34,10 @@ def embedded(results: Path) -> tuple[str, Path]:
 
 def shown(uri: str) -> str:
     """The uri without its password, for the user's eyes."""
-    return re.sub(r"//[^/@\s]+@", "//***@", uri)
+    if uri.startswith("sqlite"):
+        return uri
+    without = re.sub(r"//[^?\s]*@", "//***@", uri)
+    return re.sub(r"(?i)\b(password|passwd|pwd)=[^&]*", r"\1=***", without)
 
 
 def check_uri(uri: str) -> None:
@@ -43,27 +49,39 @@ def check_uri(uri: str) -> None:
             f" sqlite:///PATH for a file, or {', '.join(_SCHEMES[3:])}."
         )
     if scheme == "sqlite":
-        _check_file(uri)
+        _check_file(uri, "tracking uri")
     elif scheme.startswith("http"):
         _check_server(uri)
     else:
-        _check_port(uri)
+        _check_port(uri, "--tracking-uri")
 
 
-def _check_file(uri: str) -> None:
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.name:
+def check_storage(url: str) -> None:
+    """Refuse, within seconds, an Optuna storage that cannot work: UserError, one line with the remedy."""
+    scheme = url.partition("://")[0].partition("+")[0]
+    if "://" not in url or scheme not in _DATABASES:
         raise UserError(
-            f"tracking uri {uri!r} names no file; write sqlite:///relative/path.db or sqlite:////absolute.db."
+            f"--storage {shown(url)}: not a database that Optuna knows; use {', '.join(_DATABASES[:-1])}"
+            "://USER:PASSWORD@HOST/DATABASE, or sqlite:///PATH."
         )
+    if scheme == "sqlite":
+        _check_file(url, "--storage")
+    else:
+        _check_port(url, "--storage")
+
+
+def _check_file(uri: str, what: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.name or path.name == ":memory:":
+        raise UserError(f"{what} {uri!r} names no file; write sqlite:///relative/path.db or sqlite:////absolute.db.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             head = _head(path) if path.exists() else b""
     except OSError as error:
-        raise UserError(f"tracking uri {uri!r}: {error.strerror}; give a file in a folder you may write.") from error
+        raise UserError(f"{what} {uri!r}: {error.strerror}; give a file in a folder you may write.") from error
     if head and head != b"SQLite format 3\0":
-        raise UserError(f"tracking uri {uri!r}: the file is no SQLite database; move it away or give another.")
+        raise UserError(f"{what} {uri!r}: the file is no SQLite database; move it away or give another.")
 
 
 def _head(path: Path) -> bytes:
@@ -86,15 +104,15 @@ def _check_server(uri: str) -> None:
         raise UserError(f"what answers at {shown(uri)} is not an MLflow server; {remedy}.")
 
 
-def _check_port(uri: str) -> None:
-    place = urllib.parse.urlsplit(uri)
+def _check_port(uri: str, option: str) -> None:
     try:
+        place = urllib.parse.urlsplit(uri)
+        if not place.hostname:  # a socket on this machine
+            return
         port = place.port or _PORTS[place.scheme.partition("+")[0]]
-        socket.create_connection((place.hostname or "localhost", port), timeout=5).close()
+        socket.create_connection((place.hostname, port), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"no database answers at {shown(uri)} ({error}); start it or correct --tracking-uri."
-        ) from error
+        raise UserError(f"no database answers at {shown(uri)} ({error}); start it or correct {option}.") from error
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from bench.config import UserError
 
@@ -19,7 +20,7 @@ def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     Child processes inherit the redirection (Ray's C++ processes print too), and so does everything that
     is printed to ``sys.stdout`` and ``sys.stderr`` here. Whoever wants to reach the terminal meanwhile
     writes to the two streams. May be nested: the inner one then yields the outer one's log.
-    A UserError if the log cannot be written.
+    A UserError if the log cannot be written; when its disk is full later, what is printed is lost, and no more.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -32,9 +33,10 @@ def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             os.close(sink)
-            yield out, err
+            with redirect_stdout(_lossy(1)), redirect_stderr(_lossy(2)):
+                yield out, err
         finally:
-            _flush()
+            _flush_or_drop()
             out.flush()
             err.flush()
             os.dup2(out.fileno(), 1)
@@ -44,6 +46,35 @@ def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
 def _duplicate(descriptor: int) -> TextIO:
     # A duplicate is not inherited by child processes: none of them can hold the terminal open.
     return os.fdopen(os.dup(descriptor), "w", encoding="utf-8", errors="replace", buffering=1)
+
+
+class _Lossy(io.FileIO):
+    """A print to a log whose disk is full must not end the library that prints."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _lossy(descriptor: int) -> TextIO:
+    raw = _Lossy(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding="utf-8", errors="replace", line_buffering=True, write_through=True
+    )
+
+
+def _flush_or_drop() -> None:
+    """What others still hold for the log, and it does not take, must not come out on the terminal instead."""
+    try:
+        _flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        _flush()
 
 
 def _flush() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from bench.cells import NOTHING, difference, spread
 from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig
 from bench.front import pareto_front
+from bench.provenance import code_of
 from bench.rows import Row
 from bench.statistics import estimate, versus
 
@@ -80,6 +83,7 @@ def summarize(
 
     With two objectives ``front`` says of each whether it is on the Pareto front of the confirmed means (validation);
     the order is by accuracy. ``budget``: trials, those to come too. ``complete``: all of them, and the best confirmed.
+    ``code``: as `codes` has it.
     """
     reference = [row for row in (*controls, *confirmed) if row["config"]["rule"] == REFERENCE]
     entries = [entry(rows, reference) for rows in by_configuration(confirmed)]
@@ -103,7 +107,14 @@ def summarize(
         **{f"search_best_{name}": _best(searched, name) for name in dict.fromkeys(("val_acc", *objectives))},
         "confirmed": entries,
         "controls": [entry(rows, reference) for rows in by_configuration(controls)],
+        "code": codes((*searched, *confirmed, *controls)),
     }
+
+
+def codes(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """What these runs were made with (`bench.provenance.code_of`), and how many with each; the most first."""
+    counts = Counter(json.dumps(code_of(row["provenance"]), sort_keys=True) for row in rows)
+    return [{**json.loads(code), "runs": n} for code, n in sorted(counts.items(), key=lambda c: (-c[1], c[0]))]
 
 
 def _is_confirmed(config: StudyConfig, searched: Sequence[Row], confirmed: Sequence[Row]) -> bool:

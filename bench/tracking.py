@@ -38,13 +38,15 @@ class Tracker:
     are finished already, ``headline``, ``artifacts``, ``close``.
     """
 
-    def __init__(self, store: Store, delivery: Delivery, uri: str) -> None:
+    def __init__(self, store: Store, delivery: Delivery, uri: str, say: Callable[[str], None]) -> None:
+        self._say = say
         self._store = store
         self._delivery = delivery
         self._uri = uri
         self._study = self._identity = ""
         self._dataset: dict[str, str] | None = None
         self._open: set[str] = set()
+        self._shared = False
         self._closed = False
 
     @classmethod
@@ -64,9 +66,9 @@ class Tracker:
         Errors: UserError for an address that cannot work. The store itself opens in the background.
         """
         check_uri(uri)
-        store = Store(uri, artifacts, experiment)
+        store = Store(uri, artifacts, experiment, spool / "begin.lock")
         delivery = Delivery(store.deliver, spool=Spool(spool, digest(uri)), name=f"MLflow at {shown(uri)}", say=say)
-        return cls(store, delivery, uri)
+        return cls(store, delivery, uri, say)
 
     def study(
         self,
@@ -76,17 +78,18 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         identity: str | None = None,
         live: Iterable[str] | None = (),
+        shared: bool = False,
     ) -> None:
         """Begin or go on with a study: its parent run is found by name and ``identity``, or made.
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that several drivers write).
+        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
-        self._study, self._identity = name, identity or name
+        self._study, self._identity, self._shared = name, identity or name, shared
         ours = {"bench.kind": "study", "bench.identity": self._identity, "bench.git_revision": git_revision()}
         self._put(
             "begin",
@@ -111,7 +114,7 @@ class Tracker:
     ) -> None:
         """A run begins, or goes on: one with this uid is reopened. ``evaluation``: as in TrialResult."""
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
-        self._put("start", **self._described(uid, kind, config, evaluation or {}, more))
+        self._put("start", shared=self._shared, **self._described(uid, kind, config, evaluation or {}, more))
         self._open.add(uid)
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -170,15 +173,15 @@ class Tracker:
         """Wait until all is delivered; False if it is not after so many seconds."""
         return self._delivery.flush(timeout)
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> int:
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout: float = 30.0) -> int:
         """End the parent run with this status; how many operations were spooled, not delivered in time.
 
-        Runs that are still open are ended as interrupted.
+        Runs that are still open are ended as interrupted. None: the parent run goes on, with other drivers.
         """
         if not self._closed:
             self._closed = True
             self.interrupt()
-            if self._study:
+            if self._study and status is not None:
                 self._put("end", status=status)
         return self._delivery.close(timeout)
 
@@ -197,7 +200,12 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
+        try:
+            self.close("FINISHED" if kind is None else "KILLED" if not issubclass(kind, Exception) else "FAILED")
+        except UserError as lost:
+            if kind is None:
+                raise
+            self._say(str(lost))  # what ended the study comes first: this may well follow from it
 
     def _put(self, op: str, **values: Any) -> None:
         if not self._study:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.checkpoint import File, checkpoint_file, load_weights, previous, settle_checkpoint, write_checkpoint
 from bench.config import Status, TrialConfig, TrialResult, UserError
@@ -241,9 +241,7 @@ def provenance_of(trial: Trial, seconds: float) -> dict[str, Any]:
 
 def measure(trial: Trial) -> dict[str, float]:
     """What is known after an epoch: validation, and the angles. Diverged if a weight is not finite."""
-    sizes = torch._foreach_norm([p.detach() for p in trial.model.parameters()])
-    if not bool(torch.stack([s.float() for s in sizes]).isfinite().all()):
-        raise Diverged("a weight is not finite")
+    _check_weights(trial.model)
     metrics = score(trial, "val")
     if _evaluates_noise(trial.config):
         metrics |= noise_area(trial, "val")
@@ -252,6 +250,16 @@ def measure(trial: Trial) -> dict[str, float]:
     if trial.config.measure_alignment:
         metrics |= alignment(trial)
     return {k: v for k, v in metrics.items() if math.isfinite(v)}
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Diverged if a parameter is not finite, W or B: the loss need not show what the last step did, nor what B is."""
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = torch.stack([size.float() for size in torch._foreach_norm(list(named.values()))])  # one wait for the device
+    if not bool(sizes.isfinite().all()):
+        name = list(named)[int(sizes.isfinite().logical_not().nonzero()[0])]
+        what = "too large to compute with" if bool(named[name].isfinite().all()) else "not finite"
+        raise Diverged(f"the {'feedback weight' if name.endswith('feedback') else 'weight'} {name} is {what}")
 
 
 def alignment(trial: Trial) -> dict[str, float]:

@@ -88,7 +88,8 @@ def serve(
     Errors: UserError if there is nothing to show yet, or a server does not start.
     """
     if optuna and not any(results.glob("*/journal.log")):
-        raise UserError(f"--optuna: no search has a journal in {results} yet; run `bench search` first.")
+        kept = "; of those in a storage: optuna-dashboard URL" if any(results.glob("*/storage.yaml")) else ""
+        raise UserError(f"--optuna: no search has a journal in {results} yet; run `bench search` first{kept}.")
     _say_pages(results, pages, say)
     if tracking_uri is not None:
         check_uri(tracking_uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import queue
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import TrialConfig, TrialResult
+from bench.disk import find_disk_error
 
 
 class _Stopped(BaseException):
@@ -21,8 +23,10 @@ class _Stopped(BaseException):
 class Running:
     """A trial function that has been called, and its messages: one per report, and then its result.
 
-    A report is ``{epoch, metrics}``; the result is ``{result, where, traceback}``, the latter two empty but
-    for an exception, which is a result like any other (status failed). All JSON-ready.
+    A report is ``{epoch, metrics}``; the result is ``{result, where, traceback, blame}``, the last three empty but
+    for an exception, which is a result like any other (status failed), unless something else is to ``blame``: the
+    "disk" (the reason is then the line for the user), or the "memory" or "GPU memory", of which there was too little.
+    All JSON-ready.
     """
 
     def __init__(self, task: str) -> None:
@@ -58,7 +62,7 @@ class Running:
             result = _function(trial)(self._config, self._report, **options)
             if not isinstance(result, TrialResult):
                 raise TypeError(f"{trial} returned {type(result).__name__}, not TrialResult")
-            self._messages.put({"result": result.to_dict(), "where": "", "traceback": ""})
+            self._messages.put({"result": result.to_dict(), "where": "", "traceback": "", "blame": ""})
         except _Stopped:
             return
         except BaseException as error:  # noqa: BLE001  (becomes the result; unsent, step() would wait for ever)
@@ -76,5 +80,29 @@ def _failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     where = f"{Path(last.filename).name}:{last.lineno}, {last.line}"
     reason = " ".join(f"{type(error).__name__}: {error} ({where})".split())
     text = "".join(traceback.format_exception(error))
+    blame = "GPU memory" if _is_of_gpu_memory(error) else "memory" if _is_of_memory(error) else ""
+    if fault := find_disk_error(error):
+        blame, reason = "disk", str(fault)
     result = TrialResult(config=config, status="failed", reason=reason)
-    return {"result": result.to_dict(), "where": f"{type(error).__name__} {where}", "traceback": text}
+    where = f"{type(error).__name__} {where}"
+    return {"result": result.to_dict(), "where": where, "traceback": text, "blame": blame}
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory: Python's, numpy's and torch's own words for it, which share no class."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _is_of_gpu_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError, by its name (torch need not be there); or what cuDNN and cuBLAS say in its stead."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = (
+        "CUDA out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

@@ -1,4 +1,4 @@
-"""A tiny search, as a script to be killed: python engine_driver.py FOLDER TRIALS SECONDS_PER_EPOCH.
+"""A tiny search, as a script to be killed: python engine_driver.py FOLDER TRIALS SECONDS_PER_EPOCH [ADDRESS].
 
 Prints one line per event. Each start opens the study in FOLDER and goes on with it.
 """
@@ -65,7 +65,10 @@ def main() -> None:
             out.write(line + "\n")
 
         source = StudySource(study, seconds, say)
-        say(engine.run(source, trial="fake_trials:train", concurrent=2, cpus_per_trial=0.5, log=log, say=say))
+        settings = {"concurrent": 2, "cpus_per_trial": 0.5, "address": None}
+        if len(sys.argv) > 4:
+            settings = {"concurrent": None, "cpus_per_trial": 1, "address": sys.argv[4]}
+        say(engine.run(source, trial="fake_trials:train", log=log, say=say, **settings))
 
 
 if __name__ == "__main__":

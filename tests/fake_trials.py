@@ -38,13 +38,17 @@ def train(config: TrialConfig, report: Report, *, seconds: float = 0.0, checkpoi
 
 
 def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int = 0, **options: Any) -> Any:
-    """Does what ``act`` says: train (and die after the next ``deaths`` epochs), raise, exit, return nonsense."""
+    """Does what ``act`` says: train (and die after the next ``deaths`` epochs), raise, exit, return nonsense, hoard."""
     if act == "raise":
         raise ValueError("no such coefficient\nin any table")
     if act == "exit":
         raise SystemExit(3)
     if act == "nonsense":
         return 42
+    if act == "ask too much":
+        _ask_too_much(options["asked_of"])
+    if act == "hoard":
+        return _hoard(config, report, options["checkpoint"])
     if act == "die later":
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
@@ -65,3 +69,26 @@ def act(config: TrialConfig, report: Report, *, act: str = "train", deaths: int 
         "folder": str(Path.cwd()),
     }
     return dataclasses.replace(result, provenance=here)
+
+
+def _ask_too_much(asked_of: str) -> None:
+    """An allocation that no machine can make, in the words of these three."""
+    import numpy as np
+    import torch
+
+    size = 10**15
+    {"python": bytearray, "numpy": np.empty, "torch": torch.empty}[asked_of](size)  # type: ignore[operator]
+
+
+def _hoard(config: TrialConfig, report: Report, checkpoint: str) -> TrialResult:
+    """One epoch, and then 2 GB of memory, used a little at a time, and held; until somebody ends this."""
+    path = Path(checkpoint)
+    if not path.exists():
+        path.write_text("1")
+        report(1, {"val_acc": accuracy(config, 1)})
+    held = []
+    for _ in range(40):
+        held.append(b"x" * 50_000_000)
+        time.sleep(0.1)
+    time.sleep(60)
+    return TrialResult(config=config, status="finished", metrics={"val_acc": len(held)})

@@ -23,19 +23,20 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def direct(tmp_path: Path) -> Callable[..., Director]:
     def made(source: Source, *, interrupted: Callable[[], bool] = lambda: False, **changes: Any) -> Director:
-        settings: dict[str, Any] = {"trial": "m:f", "concurrent": 2, "tick": None, **changes}
+        settings: dict[str, Any] = {"trial": "m:f", "room": lambda: 2, "tick": None, **changes}
         return Director(source, log=tmp_path / "ray.log", say=print, interrupted=interrupted, **settings)
 
     return made
 
 
 def success() -> dict[str, Any]:
-    return {"result": TrialResult(config=config(), status="finished").to_dict(), "where": "", "traceback": ""}
+    result = TrialResult(config=config(), status="finished")
+    return {"result": result.to_dict(), "where": "", "traceback": "", "blame": ""}
 
 
-def failure(where: str, reason: str = "ValueError: no") -> dict[str, Any]:
+def failure(where: str, reason: str = "ValueError: no", *, blame: str = "") -> dict[str, Any]:
     failed = TrialResult(config=config(), status="failed", reason=reason)
-    return {"result": failed.to_dict(), "where": where, "traceback": "Traceback: ..."}
+    return {"result": failed.to_dict(), "where": where, "traceback": "Traceback: ...", "blame": blame}
 
 
 def test_director_keeps_to_the_concurrency_and_knows_waiting_from_the_end(direct: Callable[..., Director]) -> None:
@@ -179,3 +180,80 @@ def test_exception_is_a_result(work: Callable[..., Running], act: str, reason: s
 def test_missing_trial_function_is_a_result_too() -> None:
     running = Running(json.dumps({"trial": "no.such:thing", "config": config().to_dict(), "options": {}}))
     assert running.next_message()["result"]["reason"].startswith("ModuleNotFoundError: No module named 'no'")
+
+
+def test_room_may_grow_and_shrink(direct: Callable[..., Director]) -> None:
+    room = [1]
+    director = direct(Script([task(str(i)) for i in range(5)]), room=lambda: room[0])
+    assert director.suggest("1") is not None
+    assert director.suggest("2") is None
+    room[0] = 3  # a new node
+    assert director.suggest("2") is not None
+    assert director.suggest("3") is not None
+    room[0] = 1  # two are lost
+    director.returned("1", success())
+    director.returned("2", success())
+    assert director.suggest("4") is None
+    director.returned("3", success())
+    assert director.suggest("4") is not None
+
+
+def test_gpu_memory_that_is_too_small_for_all_lowers_how_many_there_are(
+    direct: Callable[..., Director], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script([task(uid) for uid in "abcd"])
+    director = direct(script, room=lambda: 3)
+    for trial in "123":
+        director.suggest(trial)
+        director.started(trial)
+    full = failure("OutOfMemoryError layers.py:1", "OutOfMemoryError: CUDA out of memory", blame="GPU memory")
+    director.returned("2", full)  # b
+    assert script.results == {}
+    assert capsys.readouterr().out == (
+        "b: out of GPU memory beside others; from now on 2 trials at a time, and it is begun again.\n"
+    )
+    assert director.suggest("4") is None  # two are enough
+    director.returned("1", success())
+    assert director.suggest("4") is not None  # b again
+    director.returned("4", full)
+    assert "b: out of GPU memory beside others; from now on 1 trial at a time" in capsys.readouterr().out
+    director.returned("3", success())
+    assert director.suggest("5") is not None
+    assert director.suggest("6") is None
+    for trial in "567":  # alone: it is begun again twice, for others use the GPU too; and then it is too large
+        assert "b" not in script.results
+        director.returned(trial, full)
+        assert director.suggest(str(int(trial) + 1)) is not None
+        assert director.suggest("9") is None
+    assert {uid: result.status for uid, result in script.results.items()} == {
+        "a": "finished",
+        "c": "finished",
+        "b": "failed",
+    }
+    assert script.results["b"].reason == "ran out of GPU memory 3 times (OutOfMemoryError: CUDA out of memory)"
+    assert [event for event in script.events if event == ("started", "b")] == [("started", "b")]
+    assert [live.task.uid for live in director.live.values()] == ["d"]
+
+
+def test_lack_of_gpu_memory_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    errors: dict[str, BaseException] = {
+        "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "shape": RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        "python": MemoryError(),
+    }
+
+    def fail(config: Any, report: Any, *, name: str) -> None:  # noqa: ARG001
+        raise errors[name]
+
+    monkeypatch.setattr("fake_trials.fail", fail, raising=False)
+    monkeypatch.syspath_prepend(str(HERE))
+    found = {}
+    for name in errors:
+        running = Running(
+            json.dumps({"trial": "fake_trials:fail", "config": config().to_dict(), "options": {"name": name}})
+        )
+        found[name] = running.next_message()["blame"]
+    assert found == {"torch": "GPU memory", "cublas": "GPU memory", "shape": "", "python": "memory"}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bench import engine, processes
+from bench.cluster import check_gpus
 from bench.config import UserError
 from bench.director import ALIKE_FAILURES
 from engine_script import Script, config, task
@@ -36,9 +37,9 @@ def test_gpus_are_counted_before_trials_wait_for_them(
 ) -> None:
     whole = round(concurrent * share)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "GPU": float(whole)})
-    engine._check_gpus(concurrent, share)
+    check_gpus(concurrent, share)
     with pytest.raises(UserError, match=f"Ray finds {whole}; run fewer at a time"):
-        engine._check_gpus(concurrent + 1, share)
+        check_gpus(concurrent + 1, share)
 
 
 def test_cause_is_the_last_error_in_one_line() -> None:

@@ -27,13 +27,15 @@ FLOORS = {
     "streams": 0,
     "models": 0,
     "datasets": 0,
-    "journal": 0,
+    "journal": 1,
     "processes": 0,
     "provenance": 0,
-    "worker": 0,
-    "director": 0,
+    "worker": 1,
+    "director": 1,
     "stores": 0,
     "delivery": 0,
+    "disk": 0,
+    "drivers": 2,
     "learning.ops": 0,
     "front": 0,
     "looks": 0,
@@ -68,8 +70,11 @@ FLOORS = {
     "tracking": 6,
     "proposals": 6,
     "summary": 6,
+    "storage": 6,
     "study": 7,
     "engine": 7,
+    "joining": 5,
+    "cluster": 6,
     "listing": 7,
     "train": 7,
     "ui": 7,
@@ -115,8 +120,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),
     "matplotlib": ("figures",),
-    "ray": ("engine",),
-    "optuna": ("study", "proposals", "choices", "space", "optuna_ui", "pages"),
+    "ray": ("engine", "cluster"),
+    "optuna": ("study", "storage", "proposals", "choices", "space", "optuna_ui", "pages"),
     "optuna_dashboard": ("optuna_ui",),
     "plotly": ("pages",),
     "jinja2": ("pages",),
@@ -130,9 +135,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "packaging": ("doctor",),
     "psutil": ("processes",),
     "pyarrow": ("objects",),
+    "sqlalchemy": ("storage",),
 }
 #: Comes inside another package.
-VENDORED = {"psutil": "ray"}
+VENDORED = {"psutil": "ray", "sqlalchemy": "optuna"}
 #: Distributions that are imported under another name.
 IMPORT_NAMES = {
     "scikit-learn": "sklearn",
@@ -279,7 +285,7 @@ def test_files_and_functions_are_read_in_one_sitting(name: str) -> None:
 PYPROJECT = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-RUNTIME = [*PROJECT["dependencies"], *EXTRAS["vision"]]
+RUNTIME = [*PROJECT["dependencies"], *EXTRAS["vision"], *EXTRAS["postgresql"]]
 
 
 def reason(requirement: str) -> str:

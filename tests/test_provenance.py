@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bench
-from bench.provenance import cpu_model, git_revision, provenance, usable_cores
+from bench.provenance import cpu_model, git_revision, provenance, source_digest, usable_cores
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -76,7 +76,8 @@ def test_without_git_there_is_no_revision(checkout: Path, monkeypatch: pytest.Mo
 
 def test_keys_and_versions() -> None:
     found = provenance("cpu")
-    assert set(found) == {"git_revision", "versions", "platform", "cpu", "cores", "device", "device_name"}
+    code = {"git_revision", "source", "versions"}
+    assert set(found) == code | {"platform", "cpu", "cores", "device", "device_name"}
     assert found["versions"]["bench"] == bench.__version__
     assert found["versions"]["python"] == platform.python_version()
     assert found["versions"]["torch"].startswith("2.")
@@ -152,3 +153,22 @@ def test_cpu_model(tmp_path: Path) -> None:
     info.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2GHz\nprocessor\t: 1\nmodel name\t: other\n")
     assert cpu_model(info) == "Some CPU @ 2GHz"
     assert cpu_model(tmp_path / "none") == (platform.processor() or platform.machine())
+
+
+def test_the_digest_of_the_source_tells_two_dirty_checkouts_apart(tmp_path: Path) -> None:
+    def digest() -> str:
+        source_digest.cache_clear()
+        return source_digest(tmp_path)
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "one.py").write_text("a = 1\n")
+    (tmp_path / "sub" / "two.py").write_text("b = 2\n")
+    first = digest()
+    (tmp_path / "notes.txt").write_text("no code")
+    assert digest() == first
+    (tmp_path / "sub" / "two.py").write_text("b = 3\n")
+    changed = digest()
+    (tmp_path / "sub" / "two.py").write_text("b = 2\n")
+    (tmp_path / "one.py").rename(tmp_path / "other.py")
+    assert len({first, changed, digest()}) == 3
+    source_digest.cache_clear()

@@ -44,6 +44,9 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 #: What ``--sigma`` calls the levels of `bench.noise.CORRUPTION_SEVERITIES`.
 BENCHMARKS = ("imagenet-c", "cifar10-c")
 
+#: Bytes that must be free where results are kept, or nothing is begun: a study's first lines, and a little more.
+LEAST_ROOM = 2**16
+
 #: The longest name of a study, in characters.
 LONGEST_NAME = 100
 
@@ -259,6 +262,7 @@ def options_of(given: argparse.Namespace) -> Options:
     from bench.place import Options
 
     check_range("--concurrent", "concurrent", given.concurrent, 1)
+    check_range("--gpus-per-trial", "gpus_per_trial", given.gpus_per_trial, 0, open_low=True)
     check_range("--workers-per-trial", "workers_per_trial", given.workers_per_trial, 1)
     return Options(
         results=given.results,
@@ -305,9 +309,10 @@ def writable(results: Path) -> Path:
     """The results folder, if files can be made in it; UserError otherwise."""
     try:
         results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results):
+        with tempfile.TemporaryFile(dir=results) as file:
+            file.write(bytes(LEAST_ROOM))
             return results
     except OSError as error:
         raise UserError(
-            f"--results {results}: {error.strerror or error}; choose a folder that can be written."
+            f"--results {results}: {error.strerror or error}; choose a folder that can be written, or make room there."
         ) from error

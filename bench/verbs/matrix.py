@@ -85,7 +85,7 @@ def _matrix(given: argparse.Namespace) -> int:
         if given.json:
             json.dump(lines, sys.stdout)
         else:
-            print_outlook(lines, prepared.place.share.concurrent)
+            print_outlook(lines, prepared.place.share.concurrent or 1)
         return 0
     return carry_out(
         given,

@@ -1,0 +1,299 @@
+"""A Ray cluster of several nodes that is joined: one is killed, a new one comes; and what `bench cluster` says."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import cluster
+from bench.cli import main
+from bench.cluster import Needs, Nodes
+from bench.config import UserError
+from bench.joining import OBJECT_STORE_BYTES, check_address, commands, own_address
+from bench.place import Options, share_out
+
+HERE = Path(__file__).parent
+PROGRAMS = Path(sys.executable).parent
+
+
+# --- what there is room for
+
+
+def node(name: str, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[str, Any]:
+    resources = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    return {"NodeID": name, "NodeManagerAddress": name, "Alive": alive, "Resources": resources}
+
+
+def test_room_is_counted_node_by_node_and_follows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = [node("head", 1), node("a", 7, gpus=1), node("b", 4, gpus=2), node("gone", 9, gpus=9, alive=False)]
+    said: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr("ray.nodes", lambda: there)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def room(**needs: Any) -> int:
+        return Nodes(Needs(**{"concurrent": None, **needs}), tmp_path, print).room()
+
+    assert room(cpus=1) == 12
+    assert room(cpus=2) == 0 + 3 + 2
+    assert room(cpus=1, gpus=0.3) == 0 + 3 + 4  # of b, cores are what is short: 6 would fit on its GPUs
+    assert room(cpus=1, gpus=1 / 7) == 0 + 7 + 4
+    assert room(cpus=2, concurrent=4) == 4
+    assert room(cpus=8) == 0
+    nodes = Nodes(Needs(concurrent=None, cpus=1), tmp_path, said.append)
+    nodes.room()
+    said.clear()
+    there[1:2] = []
+    assert nodes.room() == 12  # it does not look every time
+    clock[0] += 60
+    assert nodes.room() == 5
+    there.append(node("c", 2))
+    clock[0] += 60
+    assert nodes.room() == 7
+    assert said == [
+        "the cluster lost the node a: room for 5 trials; its trials go on elsewhere.",
+        "the cluster has a new node, c: room for 7 trials.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            {"versions": {"bench": "0.0", "torch": "T", "ray": "R"}, "sees": True},
+            r"node a has bench 0.0, here B: install",
+        ),
+        (
+            {"versions": {"bench": "B", "torch": "T", "ray": "R"}, "sees": False},
+            r"node a does not see .*name a --results",
+        ),
+        (ModuleNotFoundError("No module named 'bench'"), r"node a cannot run trials \(No module.*install bench there"),
+    ],
+)
+def test_nodes_with_other_code_or_another_file_system_are_refused(
+    found: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Look:
+        def __init__(self, **_: Any) -> None: ...
+
+        def __call__(self, function: Any) -> Any:  # noqa: ARG002
+            return self
+
+        def remote(self, marker: str) -> None:
+            assert Path(marker).exists()
+
+    def get(*_: Any, **__: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr("ray.nodes", lambda: [node("a", 2)])
+    monkeypatch.setattr("ray.remote", Look)
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr(cluster, "provenance", lambda _: {"versions": {"bench": "B", "torch": "T", "ray": "R"}})
+    monkeypatch.setattr(cluster, "NodeAffinitySchedulingStrategy", lambda *_, **__: None)
+    with pytest.raises(UserError, match=message):
+        Nodes(Needs(concurrent=None, cpus=1), tmp_path, print).check("h:1")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="no node has 3 CPU for a trial"):
+        Nodes(Needs(concurrent=None, cpus=3), tmp_path, print).check("h:1")
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("bench.place.usable_cores", lambda: 16.0)
+
+    def shares(**options: Any) -> tuple[Any, ...]:
+        share = share_out(Options(**options), "cuda")
+        return share.concurrent, share.threads, share.gpus
+
+    assert shares() == (2, 8, 1.0)
+    assert shares(gpus_per_trial=0.5) == (4, 4, 0.5)
+    assert shares(gpus_per_trial=0.3) == (6, 2, 0.3)
+    assert shares(gpus_per_trial=0.25, concurrent=3) == (3, 5, 0.25)
+    assert shares(concurrent=8) == (8, 2, 0.25)
+    assert shares(address="h:1") == (None, 1, 1.0)
+    assert shares(address="h:1", gpus_per_trial=0.5, concurrent=9) == (9, 1, 0.5)
+    with pytest.raises(UserError, match=r"--gpus-per-trial 0.5 has no effect on cpu"):
+        share_out(Options(gpus_per_trial=0.5), "cpu")
+
+
+# --- what is said
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:no", "127.0.0.1:99999", "127.0.0.1:", ":::", "a b:1"])
+def test_addresses_that_cannot_be_are_refused(address: str) -> None:
+    with pytest.raises(UserError, match=r"nobody answers there .* write HOST:PORT; `bench cluster` says"):
+        check_address(address)
+
+
+def test_search_at_an_address_where_nobody_is_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        line = ["search", "--rule", "decay", "--arch", "lenet", "--address", address, "--results", str(tmp_path / "r")]
+        assert main(line) == 2
+    assert capsys.readouterr().err.startswith(f"bench: --address {address}: nobody answers there")
+    assert not (tmp_path / "r").exists()
+
+
+def test_bench_cluster_prints_what_its_json_has(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = ["cluster", "--host", "10.0.0.5", "--port", "7000", "--results", str(tmp_path)]
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("address") == "10.0.0.5:7000"
+    assert main(line) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in found.values())
+    assert "can run any program as you" in printed
+    assert f"--results={tmp_path}" in found["search"]
+    assert main([*line[:3], "--port", "0"]) == 2
+
+
+def test_own_address_is_one() -> None:
+    socket.inet_aton(own_address())
+
+
+# --- for real
+
+
+@contextmanager
+def started(*groups: subprocess.Popen[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in groups:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.faults
+def test_node_that_is_killed_and_a_new_one(tmp_path: Path) -> None:
+    """Its trial goes on from its last epoch, elsewhere; the new one is used; each trial is completed once."""
+    script = f"""
+import sys, subprocess
+from ray.cluster_utils import Cluster
+small = {{"object_store_memory": {OBJECT_STORE_BYTES}}}
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False, **small}})
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+driver = subprocess.Popen(
+    [sys.executable, {str(HERE / "engine_driver.py")!r}, {str(tmp_path)!r}, "6", "1.0", cluster.address],
+    stdout=subprocess.PIPE, text=True)
+for line in driver.stdout:
+    print(line, end="", flush=True)
+    if line.startswith("reported s-0000 2") and nodes:
+        for node in nodes:  # one of them had it
+            cluster.remove_node(node, allow_graceful=False)
+        nodes = []
+        cluster.add_node(num_cpus=2, **small)
+        print("killed", flush=True)
+print("exit", driver.wait(), flush=True)
+cluster.shutdown()
+"""
+    variables = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE))),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=variables, start_new_session=True
+    )
+    with started(process):
+        assert process.stdout is not None
+        with process.stdout:
+            lines = [line.strip() for line in process.stdout]
+    assert lines[-2:] == ["done", "exit 0"]
+    completed = Counter(line for line in lines if line.startswith("completed"))
+    assert completed == {f"completed s-{i:04d} finished": 1 for i in range(6)}
+    reports = Counter(line for line in lines if line.startswith("reported"))
+    assert set(reports.values()) == {1}  # every epoch is saved before it is reported: none is trained twice
+    assert lines.index("killed") < lines.index("reported s-0000 3")
+    assert any(line.startswith("s-0000: lost its worker process") for line in lines)
+    assert any(line.startswith("the cluster has a new node") for line in lines)
+    later = lines[lines.index("killed") :]
+    assert len({line.split()[1] for line in later if line.startswith("started")}) >= 3
+
+
+@pytest.mark.faults
+def test_cluster_started_as_bench_says_is_searched_on_interrupted_and_left_alone(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = tmp_path / "results"
+    found = commands("127.0.0.1", port, results)
+    variables = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(HERE.parent),
+    }
+
+    def shell(command: str, **more: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(command, shell=True, env=variables, text=True, start_new_session=True, **more)
+
+    subprocess.run(found["token"], shell=True, env=variables, check=True, capture_output=True)
+    head = shell(f"{found['head']} --block > {tmp_path / 'head.log'} 2>&1")
+    with started(head):
+        _wait_for(tmp_path / "head.log")
+        another = shell(f"{found['node']} --block > {tmp_path / 'node.log'} 2>&1")
+        with started(another):
+            search = f"{shlex.quote(sys.executable)} -m bench.cli {found['search'].removeprefix('bench ')}"
+            small = f"{search} --arch lenet --set train_examples=200 --epochs 1 --confirm-seeds 1"
+            first = subprocess.run(
+                f"{small} --trials 3 --json", shell=True, env=variables, capture_output=True, text=True, check=False
+            )
+            assert first.returncode == 0, first.stderr
+            assert json.loads(first.stdout)["trials"]["finished"] == 3
+            long = shell(f"exec {search} --arch lenet --epochs 200 --trials 50 --name long", stderr=subprocess.PIPE)
+            with started(long):
+                rows = results / "long" / "checkpoints"
+                deadline = time.monotonic() + 180
+                while not (rows.is_dir() and list(rows.iterdir())):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.2)
+                assert _workers(head, another)
+                os.killpg(long.pid, signal.SIGINT)
+                assert long.wait(60) == 130
+                assert long.stderr is not None
+                long.stderr.close()
+            assert _workers(head, another) == []
+            assert (head.poll(), another.poll()) == (None, None), (tmp_path / "node.log").read_text()
+
+
+def _workers(*nodes: subprocess.Popen[Any]) -> list[str]:
+    """The titles of these nodes' processes that train."""
+    import psutil
+
+    titles = []
+    for node in nodes:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            try:
+                titles.append(" ".join(process.cmdline()))
+            except psutil.NoSuchProcess:
+                continue
+    return [title for title in titles if title.startswith("ray::") and "Trainable" in title]
+
+
+def _wait_for(log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "Ray runtime started" in log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)

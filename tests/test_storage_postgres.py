@@ -1,0 +1,288 @@
+"""Drivers of one study on a real PostgreSQL server: killed at random moments, and the server with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+
+from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
+from bench.study import Study
+from mlflow_book import Book
+from postgres import PASSWORD, Server, server
+from rehearsal import rows
+
+HERE = Path(__file__).parent
+SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    with server() as made:
+        yield made
+
+
+class Drivers:
+    """`storage_driver.py`, several times over."""
+
+    def __init__(self, folder: Path, url: str, trials: int, seconds: float) -> None:
+        self.folder, self._arguments = folder, [str(folder), url, str(trials), str(seconds)]
+        self.living: list[subprocess.Popen[bytes]] = []
+        self._logs: dict[int, Path] = {}  # by process id
+        self.kills = self.begun = 0
+
+    def begin(self) -> None:
+        self.begun += 1
+        path = self.folder / f"driver-{self.begun}.log"
+        with path.open("wb") as log:
+            made = subprocess.Popen(
+                [sys.executable, str(HERE / "storage_driver.py"), *self._arguments],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))},
+            )
+        self.living.append(made)
+        self._logs[made.pid] = path
+
+    def kill(self, one: subprocess.Popen[bytes]) -> None:
+        one.kill()
+        one.wait()
+        self.kills += 1
+        self.living.remove(one)
+
+    def end(self) -> None:
+        for one in list(self.living):
+            self.kill(one)
+
+    @property
+    def logs(self) -> list[str]:
+        return [path.read_text() for path in self._logs.values()]
+
+    def log_of(self, one: subprocess.Popen[bytes]) -> str:
+        return self._logs[one.pid].read_text()
+
+    def completed(self) -> int:
+        return "".join(self.logs).count("completed ")
+
+
+@pytest.fixture
+def drivers(tmp_path: Path, postgres: Server) -> Iterator[Any]:
+    made: list[Drivers] = []
+
+    def prepared(trials: int, seconds: float) -> Drivers:
+        made.append(Drivers(tmp_path, f"{postgres.url}", trials, seconds))
+        return made[-1]
+
+    yield prepared
+    for one in made:
+        one.end()
+
+
+def trials_of(url: str) -> list[optuna.trial.FrozenTrial]:
+    kept = optuna.storages.RDBStorage(url)
+    try:
+        found = optuna.load_study(study_name="s", storage=kept).trials
+        optuna.delete_study(study_name="s", storage=kept)  # the next test has one of this name
+    finally:
+        kept.remove_session()
+        kept.engine.dispose()
+    return list(found)
+
+
+def check_whole(folder: Path, url: str, trials: int) -> None:
+    """Exactly so many trials, each proposed, run and filed once; confirmed and compared once; nothing left behind."""
+    known = trials_of(url)
+    assert [t.number for t in known] == list(range(trials))
+    assert {t.state.name for t in known} <= {"COMPLETE", "PRUNED"}
+    assert len({str(t.params) for t in known}) == trials
+    filed = rows(folder / "s" / "rows.jsonl") + rows(folder / "controls" / "rows.jsonl")
+    assert max(Counter(r["uid"] for r in filed).values()) == 1
+    assert Counter(r["kind"] for r in filed) == {"search": trials, "confirm": 2, "control": 4}
+    said = {r["uid"]: r["metrics"]["val_acc"] for r in filed if r["kind"] == "search"}
+    assert {t.user_attrs["uid"]: t.value for t in known} == said
+    best = max((r for r in filed if r["kind"] == "search" and r["status"] == "finished"), key=lambda r: said[r["uid"]])
+    confirmed = [r["config"]["coefficients"] for r in filed if r["kind"] == "confirm"]
+    assert confirmed == [best["config"]["coefficients"]] * 2
+    assert list((folder / "s" / "checkpoints").iterdir()) == []
+    assert [path.name for path in (folder / "s" / "drivers").iterdir()] == ["gate"]
+
+
+@pytest.mark.faults
+def test_killed_at_random_moments_they_lose_and_double_nothing(tmp_path: Path, postgres: Server, drivers: Any) -> None:
+    trials, moments = 24, random.Random(0)
+    team: Drivers = drivers(trials, 0.1)
+    deadline = time.monotonic() + 400
+    for _ in range(3):
+        team.begin()
+    while team.kills < 8 and time.monotonic() < deadline:
+        time.sleep(moments.uniform(2.0, 8.0))
+        if living := [one for one in team.living if one.poll() is None]:
+            team.kill(moments.choice(living))
+            team.begin()
+        if team.completed() >= trials:
+            break
+    assert team.kills >= 3
+    wait_for_all(team)
+    check_whole(tmp_path, postgres.url, trials)
+
+
+def wait_for_all(team: Drivers) -> None:
+    """All that live come to their end; one of them, the last, ends the search."""
+    for one in team.living:
+        assert one.wait(timeout=300) == 0, team.logs
+    ends = [team.log_of(one).strip().splitlines()[-2:] for one in team.living]
+    assert {complete for complete, _ in ends} == {"complete True"}
+    assert Counter(end for _, end in ends)["ended FINISHED"] >= 1
+
+
+@pytest.mark.faults
+def test_a_server_that_crashes_and_comes_back_costs_nothing(tmp_path: Path, postgres: Server, drivers: Any) -> None:
+    trials = 12
+    team: Drivers = drivers(trials, 0.5)
+    for _ in range(2):
+        team.begin()
+    for mode, wanted in (("immediate", 3), ("fast", 7)):
+        deadline = time.monotonic() + 120
+        while team.completed() < wanted:
+            assert time.monotonic() < deadline, team.logs
+            assert all(one.poll() is None for one in team.living), team.logs
+            time.sleep(0.05)
+        postgres.stop(mode)
+        time.sleep(3)
+        postgres.start()
+    wait_for_all(team)
+    check_whole(tmp_path, postgres.url, trials)
+    said = "".join(team.logs)
+    away = [part.partition("answers again")[0] for log in team.logs for part in log.split("does not answer")[1:]]
+    assert any("completed" in part for part in away)  # what ran went on
+    assert "answers again" in said
+    assert PASSWORD not in said
+
+
+@pytest.mark.slow
+def test_one_driver_finds_there_what_it_finds_with_a_journal(tmp_path: Path, postgres: Server) -> None:
+    found = []
+    for folder, url in (("journal", None), ("server", postgres.url)):
+        config = StudyConfig(
+            name="same", rule="activation", arch="lenet", dataset="digits", trials=10, epochs=9, sampler="tpe"
+        )
+        with Study.open(tmp_path / folder, config, SPACE, say=print, chance=0.1, url=url) as study:
+            while (proposal := study.ask()) is not None:
+                value = 0.9 - abs(proposal.params["amp"] - 0.3)
+                stopped = any(study.report(proposal.uid, epoch, value * epoch / 9) for epoch in (3, 9))
+                metrics = {"val_acc": value}
+                result = TrialResult(
+                    config=TrialConfig(rule="activation"), status="stopped" if stopped else "finished", metrics=metrics
+                )
+                study.tell(proposal.uid, result)
+            known = study._trials()
+            found.append([(t.number, t.state, t.params, t.values, t.intermediate_values) for t in known])
+    assert found[0] == found[1]
+    assert len(found[0]) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (PASSWORD, "password authentication failed"),
+        ("/postgres", 'database "nowhere" does not exist'),
+    ],
+)
+def test_a_server_that_refuses_is_one_line_without_the_password(
+    tmp_path: Path, postgres: Server, wrong: str, words: str
+) -> None:
+    url = postgres.url.replace(wrong, "/nowhere" if wrong.startswith("/") else "mistyped")
+    config = StudyConfig(name="s", rule="activation", arch="lenet", dataset="digits")
+    with pytest.raises(UserError, match=words) as raised:
+        Study.open(tmp_path / "s", config, SPACE, say=print, chance=0.1, url=url)
+    said = str(raised.value)
+    assert "\n" not in said
+    assert PASSWORD not in said
+    assert "mistyped" not in said
+    assert "does not answer" in said
+    assert list((tmp_path / "s").glob("*.yaml")) == []
+
+
+class Command:
+    """`bench search` as a user runs it: real Ray, training and MLflow."""
+
+    OPTIONS = (
+        *("--rule", "mirror", "--arch", "lenet", "--trials", "6", "--epochs", "2", "--confirm-seeds", "1"),
+        *("--concurrent", "1", "--scheduler", "none", "--sampler", "random", "--json"),
+        *("--set", "train_examples=64", "--set", "batch_size=32", "--set", "augment=false"),
+    )
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.cli", "search", *self.OPTIONS, "--storage", url],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def end(self) -> tuple[dict[str, Any], str]:
+        out, err = self.process.communicate(timeout=400)
+        assert self.process.returncode == 0, err
+        return json.loads(out), err
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
+def test_two_commands_search_together_one_is_killed_and_mlflow_agrees(tmp_path: Path, postgres: Server) -> None:
+    name = "mirror-lenet-digits"
+    book = tmp_path / "results" / name
+    with Command(tmp_path, postgres.url) as first:
+        wait_for_rows(book, 1, first)
+        with Command(tmp_path, postgres.url) as second:
+            wait_until(lambda: len(list((book / "drivers").glob("driver-*"))) == 2, second)
+            wait_for_rows(book, 2, second)
+            first.process.kill()
+            found, said = second.end()
+    assert found["outcome"] == "done"
+    assert "joins 1 other driver" in said
+    assert sum(found["trials"].values()) == 6
+    assert PASSWORD not in (book / "storage.yaml").read_text() + said
+    uids = [r["uid"] for r in rows(book / "rows.jsonl")]
+    assert len(uids) == len(set(uids)) == 7
+    recorded = Book(tmp_path / "results")
+    assert recorded.parent(name).info.status == "FINISHED"
+    children = recorded.children(name)  # a uid stands once
+    assert set(children) == {*uids, *(r["uid"] for r in rows(tmp_path / "results" / "controls" / "rows.jsonl"))}
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    with Command(tmp_path, postgres.url) as third:
+        again, _ = third.end()
+    assert again["outcome"] == "known"
+    assert again["confirmed"] == found["confirmed"]
+
+
+def wait_for_rows(book: Path, wanted: int, command: Command) -> None:
+    wait_until(lambda: len(rows(book / "rows.jsonl")) >= wanted, command)
+
+
+def wait_until(true: Callable[[], bool], command: Command) -> None:
+    deadline = time.monotonic() + 200
+    while not true():
+        assert command.process.poll() is None, command.process.stderr.read() if command.process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
