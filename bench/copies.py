@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from bench.config import UserError
+from bench.disk import on_disk
 from bench.lease import TakenError
 from bench.objects import Store, Version
 
@@ -32,7 +33,7 @@ OWN = ".mirror"
 ROWS, JOURNAL = "rows.jsonl", "journal.log"
 _GROW = (ROWS, JOURNAL)
 #: What a machine keeps to itself: locks, logs, MLflow's artifacts, and the files that workers put on the store.
-_LOCAL_NAMES = ("lock", "ray.log", "mlartifacts", "checkpoints", "networks")
+_LOCAL_NAMES = ("lock", "drivers", "ray.log", "mlartifacts", "checkpoints", "networks")
 _LOCAL_ENDS = (".lock", ".tmp", ".new", ".part")
 #: What is drawn again from rows.
 _PAGES = (".html", ".svg")
@@ -215,9 +216,9 @@ def _is_known(line: bytes, journal: bytes) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """The whole file or none of it."""
+    """The whole file or none of it; DiskError if the disk does not take it."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with beside.open("xb") as file:
@@ -227,8 +228,6 @@ def _write(path: Path, data: bytes) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space there, or set XDG_CACHE_HOME.") from error
 
 
 # --- up --------------------------------------------------------------------------------------------------

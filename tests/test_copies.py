@@ -86,6 +86,7 @@ def b(tmp_path: Path) -> Machine:
         ("spool/spool-k-1.jsonl", True),
         ("s/rows.jsonl.torn", True),
         ("s/lock", False),
+        ("s/drivers/driver-1a", False),
         ("s/ray.log", False),
         ("s/journal.log.lock", False),
         ("s/journal.log.lock.1a.rename", False),
