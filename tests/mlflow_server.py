@@ -56,7 +56,7 @@ class Server:
             self._process = None
 
     def ready(self) -> None:
-        for _ in range(600):
+        for _ in range(1800):
             try:
                 check_uri(self.uri)
             except UserError:
