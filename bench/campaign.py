@@ -7,6 +7,7 @@ seeds. What is finished is a row, and is never run again.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,10 +83,12 @@ class Campaign(Runs):
         self.config, self._space, self._study = ready.config, ready.space, study
         self._objective = OBJECTIVES[ready.config.objective].metrics
         self._not_before = 0.0
+        self._confirms: tuple[tuple[int, ...], dict[str, Planned]] | None = None
 
     # --- what there is to run
 
-    def control_tasks(self) -> dict[str, Planned]:
+    @functools.cached_property
+    def _controls(self) -> dict[str, Planned]:
         """By uid: run once for a recipe, then shared by every study that has it.
 
         No control's B learns. Where only its updates are noisy, there is nothing to be noisy: they train without noise.
@@ -100,15 +103,23 @@ class Campaign(Runs):
                 tasks[uid] = Planned(config=config, kind="control", options={"read_test": True})
         return tasks
 
+    def control_tasks(self) -> dict[str, Planned]:
+        """By uid: the rules that stand beside the confirmed, with their seeds."""
+        return self._controls
+
     def confirm_tasks(self) -> dict[str, Planned]:
         """By uid: the study's best, with fresh seeds."""
-        tasks = {}
-        for best in self._study.best(self.config.confirm_top):
-            for seed in confirm_seeds(self.config):
-                config = trial_config(self.config, self._space.changes(best.params), seed=seed)
-                uid = f"{self.config.name}-confirm-{config.digest()}"
-                tasks[uid] = Planned(config=config, kind="confirm", options={"read_test": True})
-        return tasks
+        best = self._study.best(self.config.confirm_top)
+        numbers = tuple(each.number for each in best)
+        if self._confirms is None or self._confirms[0] != numbers:  # asked ten times a second, and the same for long
+            tasks = {}
+            for each in best:
+                for seed in confirm_seeds(self.config):
+                    config = trial_config(self.config, self._space.changes(each.params), seed=seed)
+                    uid = f"{self.config.name}-confirm-{config.digest()}"
+                    tasks[uid] = Planned(config=config, kind="confirm", options={"read_test": True})
+            self._confirms = numbers, tasks
+        return self._confirms[1]
 
     @property
     def searching(self) -> bool:

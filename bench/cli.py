@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import bench
 from bench.config import UserError, unknown
 from bench.disk import find_disk_error
-from bench.verbs import cluster, compare, matrix, report, robustness, search, sync, train, transfer
+from bench.verbs import cluster, compare, matrix, report, robustness, search, speed, sync, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_kept, add_results, at_hand, verb
 
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_list,
         _add_ui,
         cluster.add,
+        speed.add,
         _add_doctor,
     ):
         add(verbs)

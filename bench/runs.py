@@ -98,6 +98,11 @@ class Runs:
         raise NotImplementedError
 
     @property
+    def filed(self) -> int:
+        """How many runs have a row."""
+        return len(self._done)
+
+    @property
     def running(self) -> bool:
         """Whether any run of this source is under way."""
         return bool(self._running)

@@ -127,14 +127,15 @@ def search(
     *,
     say: Callable[[str], None],
     watch: Callable[[Campaign], Callable[[], None]] | None = None,
+    trial: str = "bench.trial:run_trial",
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run the search to its end, or go on with it; the summary of what is known by then.
 
     "known": everything had been run before. ``watch`` gets the campaign and returns what is called about
-    ten times a second.
+    ten times a second. ``trial``: as in `bench.engine.run`.
     """
     with opened(ready, say=say) as it:
-        outcome = carry_out(it.campaign, ready.place, ready.folder / "ray.log", say=say, watch=watch)
+        outcome = carry_out(it.campaign, ready.place, ready.folder / "ray.log", trial=trial, say=say, watch=watch)
         return outcome, it.finish(outcome)
 
 

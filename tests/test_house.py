@@ -110,6 +110,7 @@ FLOORS = {
     "robustness": 11,
     "plans": 11,
     "programme": 11,
+    "growth": 11,
     "warm": 12,
     "transfer": 12,
     "matrix": 12,
