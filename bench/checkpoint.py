@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bench.config import TrialConfig, UserError
-from bench.disk import on_disk
+from bench.disk import DiskError, on_disk
 from bench.objects import AwayError, ObjectFile, discard, is_uri, within
 from bench.uploads import UPLOADS, tell
 
@@ -107,15 +107,18 @@ def prepare_checkpoint(path: Path) -> None:
 
     DiskError if the disk does not take it: among others, one that was taken away, with the folder's own folder.
     """
-    if path.is_dir():
-        raise UserError(f"checkpoint {path} is a folder; name a file.")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"checkpoint {path}: {path.parent} is no folder; name a file in one.")
+    folder = path.parent
+    if path.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"checkpoint {path} cannot be written; name a file in a folder that can be.")
+    if not folder.parent.exists():
+        raise DiskError(
+            f"checkpoint {path}: there is no folder {folder.parent}; make it, put it back or mount it again."
+        )
     with on_disk(path):
-        path.parent.mkdir(exist_ok=True)
-        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.new"):
+        folder.mkdir(exist_ok=True)
+        for stale in folder.glob(f"{glob.escape(path.name)}.*.new"):
             stale.unlink(missing_ok=True)
-        if not os.access(path.parent, os.W_OK):
+        if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

@@ -109,7 +109,9 @@ def test_rows_on_a_full_disk_are_whole_and_each_is_there_once(disk: SmallDisk) -
 def save(path: Path, epoch: int) -> None:
     model = nn.Linear(300, 300)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    write_checkpoint(path, config=TrialConfig(rule="sparse"), epoch=epoch, history=[], model=model, optimizer=optimizer)
+    history = [{"epoch": float(number)} for number in range(1, epoch + 1)]
+    config = TrialConfig(rule="sparse")
+    write_checkpoint(path, config=config, epoch=epoch, history=history, model=model, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("spare", [0, 1, 20])
