@@ -152,9 +152,7 @@ class Store:
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
         """Two drivers that look for a study's run at once would both make one."""
-        if self._lock is None:
-            yield
-            return
+        assert self._lock is not None, "a shared study has a lock"
         try:
             self._lock.parent.mkdir(parents=True, exist_ok=True)
             file = self._lock.open("w")
@@ -232,7 +230,7 @@ class Store:
     def begin(self, operation: Operation) -> None:
         """Find or make the parent run; end the children that a dead driver left running."""
         tags = {**operation["tags"], BEGUN: str(operation["time"])}
-        with self._apart():
+        with self._apart() if operation.get("shared") else contextlib.nullcontext():
             study = self._begun_with(operation, tags)
         if _older(operation, study.begun):
             return

@@ -96,6 +96,7 @@ class Tracker:
             params=_texts(config),
             tags=self._tags({**revision, **ours}),
             live=None if live is None else sorted(live),
+            shared=shared,
         )
 
     def dataset(self, name: str, digest: str) -> None:

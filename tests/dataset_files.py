@@ -62,12 +62,12 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> Path:
 def archive(contents: dict[str, bytes]) -> bytes:
     """A .tar.gz with these members."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+    with tarfile.open(fileobj=out, mode="w") as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    return out.getvalue()
+    return gzip.compress(out.getvalue(), mtime=0)  # the same bytes at any time
 
 
 def write_folder(

@@ -75,7 +75,7 @@ def test_the_whole_one_is_taken(kept: Path) -> None:
     assert json.loads(out)["epoch"] == 1
 
 
-@examples(100)
+@examples(80)
 @given(data=st.data())
 def test_damaged_bytes_are_refused_or_whole(kept: Path, data: st.DataObject) -> None:
     """Most of the file is numbers, so the faults are put into what says how to read them."""
@@ -124,7 +124,7 @@ def put(state: Any, at: tuple[Any, ...], value: Any) -> None:
     state[at[-1]] = value
 
 
-@examples(250)
+@examples(150)
 @given(states(), st.booleans())
 @example((("model", "conv1.weight"), torch.full((6, 1, 5, 5), torch.nan)), False)
 @example((("epoch",), True), True)

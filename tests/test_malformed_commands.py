@@ -212,7 +212,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("stage")
-@examples(300)
+@examples(150)
 @given(command_lines())
 def test_odd_words_are_refused_in_one_line_and_leave_nothing(line: list[str]) -> None:
     with folder_of_odd_things() as here:

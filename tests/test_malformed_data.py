@@ -67,11 +67,13 @@ FASHION = fashion_contents(train=30, test=10, side=4)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-@examples(150)
+@examples(120)
 @given(data=st.data())
 def test_idx_files_with_damaged_bytes(zipped: bool, data: st.DataObject) -> None:
     names = sorted(FASHION)
-    contents = {name + ".gz" * zipped: gzip.compress(FASHION[name]) if zipped else FASHION[name] for name in names}
+    contents = {
+        name + ".gz" * zipped: gzip.compress(FASHION[name], mtime=0) if zipped else FASHION[name] for name in names
+    }
     bad = data.draw(st.sampled_from(sorted(contents)))
     contents[bad] = data.draw(damaged(contents[bad]))
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +193,7 @@ def test_a_pickle_that_means_harm_is_refused_and_does_none(where: str, protocol:
     good = {"labels": [1], "data": np.zeros((1, 3072), dtype=np.uint8)}
     rest = {key: value for key, value in good.items() if key != where}
     content = pickle.dumps(harm if where == "whole" else {where: harm, **rest}, protocol=protocol)
-    with pytest.raises(UserError, match=r"^f: asks for (posix|os|nt)\.mkdir, which no CIFAR has"):
+    with pytest.raises(UserError, match=r"^f: asks for (posix|os|nt)\.mkdir, which no CIFAR has|^f: does BYTEARRAY8"):
         records_of(content, CIFAR10, "f")
     assert not (tmp_path / "harmed").exists()
     pickle.loads(content)
@@ -208,6 +210,8 @@ def test_a_pickle_that_means_harm_is_refused_and_does_none(where: str, protocol:
         b"\x80\x02Pother\n.",
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"\x80\x02]q\x00h\x00a.",
+        b"\x80\x02]r\xff\xff\xff\x7f.",  # a memo of 32 GiB
+        b"\x80\x05\x96\xff\xff\xff\xff\x07\x00\x00\x00.",  # an array of as much
         b"",
     ],
 )
@@ -316,7 +320,7 @@ def decoded(name: str, content: bytes) -> None:
             assert image.mode == "RGB"
 
 
-@examples(700)
+@examples(500)
 @given(data=st.data())
 def test_images_with_damaged_bytes_are_refused_or_decoded(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(PICTURES)))

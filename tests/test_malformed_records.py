@@ -87,7 +87,7 @@ def test_a_journal_with_damaged_bytes_is_opened_or_refused(content: bytes) -> No
     open_and_use(content)
 
 
-@examples(200)
+@examples(150)
 @given(data=st.data())
 def test_a_journal_with_a_wrong_value_is_opened_or_refused(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(LINES) - 1))
@@ -149,7 +149,7 @@ def read_and_append(content: bytes) -> None:
         assert content.endswith(kept), "what was cut off is not kept"
 
 
-@examples(200)
+@examples(150)
 @given(damaged(CONTENT))
 @example(CONTENT + b"[" * 100_000 + b"\n")
 @example(b"[" * 100_000 + b"\n" + CONTENT)
@@ -160,7 +160,7 @@ def test_rows_with_damaged_bytes_are_read_or_refused(content: bytes) -> None:
     read_and_append(content)
 
 
-@examples(200)
+@examples(150)
 @given(data=st.data())
 def test_rows_with_a_wrong_value_are_read_or_refused(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, 2))
@@ -228,7 +228,7 @@ def report_of(results: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", STUDIES)
-@examples(30)
+@examples(12)
 @given(data=st.data())
 def test_a_report_of_rows_with_a_wrong_value(kind: str, copies: dict[str, Path], data: st.DataObject) -> None:
     results, name = copies[kind], STUDIES[kind][1]
@@ -245,7 +245,7 @@ def test_a_report_of_rows_with_a_wrong_value(kind: str, copies: dict[str, Path],
 
 
 @pytest.mark.parametrize("kind", STUDIES)
-@examples(30)
+@examples(12)
 @given(data=st.data())
 def test_a_report_of_a_book_with_a_wrong_value(kind: str, copies: dict[str, Path], data: st.DataObject) -> None:
     results, name = copies[kind], STUDIES[kind][1]

@@ -53,7 +53,7 @@ def plain(value: Any) -> str:
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda config: type(config).__name__)
-@examples(200)
+@examples(120)
 @given(data=st.data())
 def test_a_mapping_with_a_fault_is_refused_or_survives_json(config: Strict, data: st.DataObject) -> None:
     bad = data.draw(mutated(config.to_dict()))
@@ -71,7 +71,7 @@ def test_what_is_no_mapping_is_refused(config: Strict, bad: Any) -> None:
     assert str(caught.value).isprintable()
 
 
-@examples(200)
+@examples(120)
 @given(mutated(load_space("any", "lenet").to_dict()))
 def test_a_space_with_a_fault_is_refused_or_survives_json(bad: Any) -> None:
     with refused_in_one_line():
@@ -94,14 +94,14 @@ def read_space(name: str, content: bytes) -> None:
                 TrialConfig.from_dict({"rule": "backprop", **space.changes(corner)})
 
 
-@examples(100)
+@examples(80)
 @given(data=st.data())
 def test_a_file_of_a_space_with_damaged_bytes(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SPACES)))
     read_space(name, data.draw(damaged(SPACES[name])))
 
 
-@examples(100)
+@examples(80)
 @given(data=st.data())
 def test_a_file_of_a_space_with_a_wrong_value(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SPACES)))
@@ -130,7 +130,7 @@ config:
 """
 
 
-@examples(200)
+@examples(120)
 @given(damaged(BOOK))
 @example(b"a: 2020-01-01")
 @example(b"a: 2020-01-01 00:00:00")
@@ -158,7 +158,7 @@ def test_yaml_with_damaged_bytes_is_refused_or_plain(content: bytes) -> None:
         assert [p.name for p in Path(folder).iterdir()] == ["book.yaml"]
 
 
-@examples(200)
+@examples(120)
 @given(st.sampled_from(ODD_TEXTS) | st.text(max_size=12))
 @example("2020-01-01")
 @example("&a [*a]")

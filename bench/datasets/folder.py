@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,11 @@ _PREFIX = "imagefolder:"
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff"))
 _SMALL = 64
 _CHUNK = 256
+#: What reading a damaged .npz raises.
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, SyntaxError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
 #: Changes when the same files would give other arrays.
 _CACHE_VERSION = 1
 
@@ -192,10 +200,26 @@ def _read_cache(path: Path, classes: int) -> Arrays | None:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
             pixels = {k.removeprefix("pixels-"): stored[k] for k in stored.files if k.startswith("pixels-")}
             labels = {part: stored[f"labels-{part}"] for part in pixels}
-            return Arrays(digest=str(stored["digest"]), classes=classes, pixels=pixels, labels=labels)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            kept = Arrays(digest=str(stored["digest"]), classes=classes, pixels=pixels, labels=labels)
+            _check_arrays(kept)
+            return kept
+    except _DAMAGE as error:
         say(f"{path} is damaged ({error}): decoding the images again.")
         return None
+
+
+def _check_arrays(kept: Arrays) -> None:
+    """ValueError for arrays that no image folder gives."""
+    for part, pixels in kept.pixels.items():
+        labels = kept.labels[part]
+        if pixels.dtype != np.uint8 or pixels.shape[1:2] != (3,) or pixels.ndim != 4:
+            raise ValueError(f"its {part} holds no images")
+        if (
+            labels.dtype != np.int64
+            or labels.shape != pixels.shape[:1]
+            or not np.isin(labels, range(kept.classes)).all()
+        ):
+            raise ValueError(f"its {part} has other labels")
 
 
 def _write_cache(target: Path, decoded: Arrays) -> None:

@@ -1,8 +1,9 @@
 """The pickles in which CIFAR is published for Python, read without doing what they say.
 
-A pickle is a program, and may call whatever it can name. This reader knows four names, which make an array of bytes,
-and puts its own stand-ins in their place, so that not even numpy acts on what a file says; any other name is refused.
-Source: Python's documentation of pickle, "Restricting Globals"; numpy's ndarray.__reduce__.
+A pickle is a program, and may call whatever it can name. This reader looks through it first: it may say only what
+makes dictionaries, lists, numbers, text and arrays. It knows four names, which make an array of bytes, and puts its own
+stand-ins in their place, so that not even numpy acts on what a file says; any other name is refused.
+Source: Python's documentation of pickle, "Restricting Globals", and of pickletools; numpy's ndarray.__reduce__.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,12 +26,25 @@ _DAMAGE = (
 )
 
 
+#: What CIFAR's pickles are made of, whichever Python wrote them; by pickletools' names.
+_OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "INT", "BININT", "BININT1", "BININT2"),
+    *("LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
+}
+
+
 def read_pickle(content: bytes, where: str) -> dict[bytes, Any]:
     """The dictionary in a pickle of Python 2 or 3: numbers, lists, text as bytes, arrays as `array_of` takes them.
 
     Errors: UserError that names ``where``, for anything else; nothing of it has been run then.
     """
     try:
+        _look_through(content)
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -38,6 +53,15 @@ def read_pickle(content: bytes, where: str) -> dict[bytes, Any]:
     if type(value) is not dict:
         raise UserError(f"{where}: holds no dictionary; fetch it again.")
     return {key.encode(errors="replace") if isinstance(key, str) else key: item for key, item in value.items()}
+
+
+def _look_through(content: bytes) -> None:
+    """UserError for an instruction that CIFAR has no need of; ValueError for lengths and places beyond the file."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name not in _OPCODES:
+            raise UserError(f"does {opcode.name}, which no CIFAR does: it may be meant to do harm; delete it.")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument) <= len(content):
+            raise ValueError("it asks for more memory than it can use")  # of gigabytes, in six bytes
 
 
 def array_of(value: Any, width: int, where: str) -> Pixels:
