@@ -60,7 +60,7 @@ def _look_through(content: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in _OPCODES:
             raise UserError(f"does {opcode.name}, which no CIFAR does: it may be meant to do harm; delete it.")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument) <= len(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(content):
             raise ValueError("it asks for more memory than it can use")  # of gigabytes, in six bytes
 
 
