@@ -11,6 +11,9 @@ DEMO_TRIALS ?= 3
 DEMO_EPOCHS ?= 3
 DEMO_ARGS ?= --confirm-seeds 2
 
+# The test files of which test-faults runs the tests; empty: all, and ten times the malformed input.
+FAULTS ?=
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 INSTALLED_DEV := $(VENV)/installed-dev
@@ -22,7 +25,7 @@ INSTALLED_BROWSER := $(VENV)/installed-browser
 help:
 	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
-	@echo "make test-faults   set up, then the tests that kill processes, and take their time"
+	@echo "make test-faults   set up, then the tests that kill processes, servers and disks (most of an hour)"
 	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
 	@echo "make dashboards  the pages of results/published again"
 	@echo "make check   formatter, linter, type checker, import rules"
@@ -36,8 +39,8 @@ test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
 
 test-faults: $(INSTALLED_DEV) postgresql
-	$(BIN)/python -m pytest -m faults -rs
-	BENCH_TIMES=10 $(BIN)/python -m pytest tests/test_malformed_*.py
+	$(BIN)/python -m pytest -m faults -rs $(FAULTS)
+	$(if $(FAULTS),,BENCH_TIMES=10 $(BIN)/python -m pytest tests/test_malformed_*.py)
 
 test-browser: $(INSTALLED_BROWSER) chromium
 	$(BIN)/python -m pytest -m browser -rs
