@@ -106,7 +106,7 @@ def survey(options: Options, config: TrialConfig) -> Place:
     uri, artifacts = (options.tracking_uri, None) if options.tracking_uri else embedded(options.results)
     if options.tracking_uri:
         check_uri(uri)
-    if options.storage:
+    if options.storage is not None:
         check_storage(options.storage)
     if options.address is not None:
         check_address(options.address)
