@@ -22,6 +22,7 @@ from bench.place import Options
 from bench.recipes import recipe_of
 from bench.search import check, search
 from bench.space import load_space
+from bench.spool import survey
 from bench.streams import quiet
 
 #: Epochs of a trial that does nothing: so many reports are made of it.
@@ -35,7 +36,8 @@ class Growth(Strict):
     """A search of so many trials. Seconds; ``late``: of one trial, over the last tenth of them. Memory and disk in MB.
 
     ``overhead``: (seconds − start) / trials, where ``start`` is the time from the command to the first finished trial.
-    ``memory``: the driver's greatest resident set. ``disk``: rows, journal and MLflow's database.
+    ``memory``: the driver's greatest resident set. ``disk``: rows, journal and MLflow's database. ``left``: operations
+    that MLflow had not taken half a minute after the search: they lie in the spool, for `bench sync`.
     """
 
     trials: int
@@ -49,6 +51,7 @@ class Growth(Strict):
     rows: float
     journal: float
     mlflow: float
+    left: int
 
 
 def nothing(config: TrialConfig, report: Callable[[int, Mapping[str, float]], None], **_: Any) -> TrialResult:
@@ -129,6 +132,7 @@ def _search(trials: int, sampler: str, results: Path) -> dict[str, Any]:
         / 1024
         * (1 if sys.platform == "linux" else 2**-10),
         "disk": sum(sizes.values()),
+        "left": sum(each.operations for each in survey(results / "spool")),
         **sizes,
     }
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bench.config import TrialResult
 from bench.files import write_yaml
+from bench.growth import Growth
 from malformed import ODD_TEXTS, examples, files, run, said_in_one_line
 from rehearsal import Silent
 
@@ -30,6 +31,9 @@ BASE = {
     "list": ["rules"],
     "ui": [],
     "doctor": [],
+    "sync": [],
+    "cluster": [],
+    "speed": [],
 }
 _RUNS = {
     "--name": "mine",
@@ -133,7 +137,11 @@ OPTIONS: dict[str, dict[str, str | None]] = {
         "--tracking-uri": "sqlite:///runs.db",
     },
     "doctor": {"--results": "results", "--json": None},
+    "sync": {"--results": "results", "--tracking-uri": "sqlite:///runs.db", "--json": None},
+    "cluster": {"--host": "10.0.0.1", "--port": "6379", "--results": "results", "--json": None},
+    "speed": {"--trials": "100,200", "--sampler": "tpe", "--json": None},
 }
+NUMBERS: dict[str, Any] = dict.fromkeys(Growth.field_names(), 1.0)
 #: What no shell can pass on: a lone surrogate that is no byte.
 WORDS = tuple(text.replace("\ud800", "\udcff") for text in ODD_TEXTS)
 #: Names of things of another kind than the one asked for.
@@ -206,6 +214,11 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("bench.engine.run", lambda *_, **__: "done")
     monkeypatch.setattr("bench.ui.serve", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "bench.growth.measure", lambda *_, **__: Growth(**{**NUMBERS, "trials": 1, "left": 0, "sampler": "tpe"})
+    )
+    monkeypatch.setattr("bench.mlflow_store.Store.deliver", lambda *_: None)
+    monkeypatch.setattr("bench.mlflow_store.Store.look", lambda *_: None)
     monkeypatch.setattr("bench.train.run_trial", lambda config, *_, **__: TrialResult(config=config, status="finished"))
     for module in ("search", "programme", "robustness", "train"):
         monkeypatch.setattr(f"bench.{module}.Tracker.open", tracker)

@@ -39,7 +39,16 @@ def _speed(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps([dataclasses.asdict(each) for each in found]))
         return 0
-    columns = ["trials", "seconds", "to the first", "overhead a trial", "of the last", "driver MB", "disk MB"]
+    columns = [
+        "trials",
+        "seconds",
+        "to the first",
+        "overhead a trial",
+        "of the last",
+        "driver MB",
+        "disk MB",
+        "for bench sync",
+    ]
     rows = [
         [
             f"{each.trials}",
@@ -49,6 +58,7 @@ def _speed(given: argparse.Namespace) -> int:
             f"{each.late:.3f}",
             f"{each.memory:.0f}",
             f"{each.disk:.1f} (rows {each.rows:.1f}, journal {each.journal:.1f}, MLflow {each.mlflow:.1f})",
+            f"{each.left}",
         ]
         for each in found
     ]
