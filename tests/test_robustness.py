@@ -317,7 +317,7 @@ def test_a_network_that_diverges_when_it_is_trained_again_counts_at_chance(tmp_p
 @pytest.mark.parametrize(
     ("networks", "arguments", "said"),
     [
-        ([{"epoch": 0}], [], "finish it with `bench train"),
+        ([{"epoch": 0, "history": []}], [], "finish it with `bench train"),
         ([{}, {}], [], "given twice"),
         ([{}, {"config": {"seed": 8, "lr": 0.5}}], [], "differ in lr"),
         ([{}, {"config": {"rule": "sign", "lr": 0.5}}], [], "recipes differ in lr"),
