@@ -448,7 +448,7 @@ def check_areas(some: Sequence[Row], site: str, levels: Sequence[float]) -> None
         assert ("test_area" in each["metrics"]) == each["test_read"] == (each["kind"] != "search")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_search_for_both_from_end_to_end(tmp_path: Path) -> None:
     found = search(
@@ -489,7 +489,7 @@ def test_search_for_both_from_end_to_end(tmp_path: Path) -> None:
     assert parent.data.metrics["test_area"] == pytest.approx(found["confirmed"][0]["test_area"]["mean"])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_search_for_robustness_to_noise_in_training_from_end_to_end(tmp_path: Path) -> None:
     found = search(
         tmp_path,

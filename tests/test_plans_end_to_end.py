@@ -72,7 +72,7 @@ def told(summary: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: Path) -> None:
     spaces = shutil.copytree(space_folder(), tmp_path / "spaces")
