@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.campaign import Campaign
+from bench.campaign import Campaign, Ready
 from bench.config import Strict, StudyConfig, TrialConfig, TrialResult, UserError
 from bench.place import Options
 from bench.recipes import recipe_of
@@ -86,8 +86,8 @@ def grown(sizes: Iterable[int], sampler: str, say: Callable[[str], None]) -> lis
     return found
 
 
-def _search(trials: int, sampler: str, results: Path) -> dict[str, Any]:
-    began = time.perf_counter()
+def ready_for(trials: int, results: Path, *, sampler: str = "random", epochs: int = EPOCHS) -> Ready:
+    """A search of sparse on lenet, named growth, with nothing that stops its trials."""
     space = load_space("sparse", "lenet")
     config = StudyConfig(
         name="growth",
@@ -95,14 +95,19 @@ def _search(trials: int, sampler: str, results: Path) -> dict[str, Any]:
         arch="lenet",
         dataset="digits",
         trials=trials,
-        epochs=EPOCHS,
+        epochs=epochs,
         sampler=sampler,
         scheduler="none",
         confirm_seeds=1,
         recipe=recipe_of("digits", "lenet"),
         space=space.to_dict(),
     )
-    ready = check(config, space, Options(results=results))
+    return check(config, space, Options(results=results))
+
+
+def _search(trials: int, sampler: str, results: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    ready = ready_for(trials, results, sampler=sampler)
     ends: list[float] = []
 
     def watch(campaign: Campaign) -> Callable[[], None]:

@@ -161,9 +161,12 @@ def _check_journal(storage: JournalStorage, journal: Path) -> None:
         for number, trial in enumerate(trials):
             uid = f"{study.study_name}-{number:04d}"
             _check_trial(trial, number, uid, {name: space[name] for name in trial.params})
+            if trial.values is not None and len(trial.values) != len(study.directions):
+                raise ValueError(f"trial {number} has {len(trial.values)} values")
 
 
 def _check_trial(trial: FrozenTrial, number: int, uid: str, space: Mapping[str, BaseDistribution]) -> None:
+    trial._validate()  # as Optuna does when a sampler is shown it
     inside = all(d._contains(d.to_internal_repr(trial.params[name])) for name, d in space.items())
     values = [*trial.intermediate_values.values(), *(trial.values or ())]
     if (trial.number, trial.user_attrs["uid"], trial.distributions) != (number, uid, space) or not inside:

@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import pickletools
+import warnings
 from typing import Any, NoReturn
 
 import numpy as np
@@ -44,7 +45,9 @@ def read_pickle(content: bytes, where: str) -> dict[bytes, Any]:
     Errors: UserError that names ``where``, for anything else; nothing of it has been run then.
     """
     try:
-        _look_through(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a backslash in a name
+            _look_through(content)
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
