@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray  # noqa: F401  (psutil comes with it)
 
 from mlflow_book import Book
 from soak_driver import EPOCHS, NAME
