@@ -21,7 +21,7 @@ from typing import Any
 from bench import processes
 from bench.config import UserError
 from bench.joining import OBJECT_STORE_BYTES, REMEDY, TOKEN_FILE, VARIABLES, check_address
-from bench.provenance import provenance
+from bench.provenance import provenance, source_digest
 
 # Ray reads these when it is imported. Under `uv run` it would else ship the working directory to its
 # workers; and on Linux it would listen on the address that other machines see, even if told 127.0.0.1.
@@ -38,7 +38,7 @@ _LOOK = 2.0
 #: Seconds for each node to say what it has installed: it may have to start a process for it.
 _ANSWER = 120.0
 #: What must be the same everywhere, or rows of unlike code would stand in one study.
-_SAME = ("bench", "torch", "ray")
+_SAME = ("bench", "source", "torch", "ray")
 
 # Ray asks for a token, and would else write one to the home directory. It remembers the first it sees.
 _TOKEN = secrets.token_hex(32)
@@ -99,10 +99,10 @@ def floor(share: float) -> float:
 
 
 @contextmanager
-def cluster(needs: Needs, address: str | None, *, shared: Path, say: Say, grace: float) -> Iterator[Cluster]:
+def cluster(needs: Needs, address: str | None, *, shared: Path | None, say: Say, grace: float) -> Iterator[Cluster]:
     """One of our own, which ends with this block; with an ``address`` the one there, which stays.
 
-    ``shared``: a folder that all nodes must see. Ray's own processes have ``grace`` seconds to go.
+    ``shared``: a folder that all nodes must see; None: there is none. Ray's own processes have ``grace`` seconds to go.
     UserError: what is needed is not there; no cluster answers; its nodes have other versions, or no such folder.
     """
     needs.check()
@@ -191,7 +191,7 @@ def _of_tune(needs: Needs) -> dict[str, str]:
 
 
 @contextmanager
-def _joined(needs: Needs, address: str, shared: Path, say: Say) -> Iterator[Cluster]:
+def _joined(needs: Needs, address: str, shared: Path | None, say: Say) -> Iterator[Cluster]:
     variables = {**_of_workers(needs), **_of_tune(needs), **VARIABLES}
     with processes.scratch_folder() as folder, processes.environment(variables, also=_SET_BY_RAY):
         _connect(address, {**_of_workers(needs), "PYTHONPATH": os.pathsep.join(_added_paths())})
@@ -235,15 +235,18 @@ def _added_paths() -> list[str]:
     return [path for path in dict.fromkeys(paths) if not path.startswith(installed)]
 
 
-def _look(marker: str) -> dict[str, Any]:
+def _look(marker: str | None) -> dict[str, Any]:
     """What a node has: versions, and whether it sees the file."""
-    return {"versions": provenance("cpu")["versions"], "sees": Path(marker).exists()}
+    return {
+        "versions": {**provenance("cpu")["versions"], "source": source_digest()},
+        "sees": marker is None or Path(marker).exists(),
+    }
 
 
 class Nodes:
     """The nodes of a cluster that was joined, as they come and go."""
 
-    def __init__(self, needs: Needs, shared: Path, say: Say) -> None:
+    def __init__(self, needs: Needs, shared: Path | None, say: Say) -> None:
         self._needs, self._shared, self._say = needs, shared, say
         self._known: dict[str, str] = {}
         self._looked, self._room = -math.inf, 0
@@ -257,13 +260,15 @@ class Nodes:
                 f"--address {address}: no node has {self._words()} for a trial; add one (see `bench cluster`), or ask "
                 "for less."
             )
-        marker = self._shared / f".seen-{secrets.token_hex(8)}"
-        marker.touch()
+        marker = None if self._shared is None else self._shared / f".seen-{secrets.token_hex(8)}"
+        if marker is not None:
+            marker.touch()
         try:
             for node in nodes:
                 self._ask(node, marker)
         finally:
-            marker.unlink()
+            if marker is not None:
+                marker.unlink()
 
     def room(self) -> int:
         """How many trials the nodes that are there have place for; of each node by itself, for a worker is on one."""
@@ -295,16 +300,16 @@ class Nodes:
             places = min(places, resources.get("GPU", 0.0) / share)
         return int(places + 1e-9)
 
-    def _ask(self, node: dict[str, Any], marker: Path) -> None:
+    def _ask(self, node: dict[str, Any], marker: Path | None) -> None:
         where = f"the cluster's node {node['NodeManagerAddress']}"
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_look)
         try:
-            found = ray.get(look.remote(str(marker)), timeout=_ANSWER)
+            found = ray.get(look.remote(None if marker is None else str(marker)), timeout=_ANSWER)
         except Exception as error:  # whatever happens there: a module that is missing, a node that goes
             reason = " ".join(str(error).split())[-200:]
             raise UserError(f"{where} cannot run trials ({reason}); install bench there as here.") from error
-        ours = provenance("cpu")["versions"]
+        ours = {**provenance("cpu")["versions"], "source": source_digest()}
         unlike = [
             f"{n} {found['versions'].get(n)}, here {ours[n]}" for n in _SAME if found["versions"].get(n) != ours[n]
         ]

@@ -45,6 +45,7 @@ def run(
     gpus_per_trial: float = 0.0,
     workers_per_trial: int = 1,
     address: str | None = None,
+    shared: bool = True,
     log: Path,
     say: Callable[[str], None],
     tick: Callable[[], None] | None = None,
@@ -52,16 +53,15 @@ def run(
 ) -> Outcome:
     """Run the source's tasks, ``concurrent`` at a time, until it has no more or a signal comes.
 
-    ``address``: of a Ray cluster to join, whose nodes must all see the folder of ``log``; ``concurrent`` may then be
-    None, as many as it has room for at any time. None: a cluster of our own, on this machine.
+    ``address``: of a Ray cluster to join (None: one of our own, on this machine); its nodes must all see the folder of
+    ``log``, if that is ``shared``. ``concurrent`` may then be None, as many as it has room for at any time.
 
     ``trial`` names, as module:function, a ``trial(config, report, **options) -> TrialResult`` that can be
     imported here and so in the workers; ``report(epoch, metrics)`` may not return (the trial is stopped).
-    An exception in it is its result (status failed) and is not retried; a trial whose worker process or
-    node died is begun again, up to MAX_LOSSES times, and so is one that ran out of a GPU's memory beside
-    others, of which there is then one fewer at a time: to go on from where it was is the trial function's
-    business. Of several ``workers_per_trial`` (`bench.distributed`) each has the CPUs, and all together the GPUs.
-    ``tick`` is called about ten times a second, and between any two events.
+    An exception in it is its result (status failed) and is not retried; a trial whose worker or node died, or that
+    ran out of memory, is begun again, up to MAX_LOSSES times (beside others on a GPU: with one fewer at a time): to go
+    on from where it was is the trial function's business. Of several ``workers_per_trial`` (`bench.distributed`) each
+    has the CPUs, and all together the GPUs. ``tick`` is called about ten times a second, and between any two events.
 
     Ray's output goes to ``log``; ``say`` and ``tick`` reach the terminal through the streams of a
     `quiet` around this call. SIGINT or SIGTERM: workers are killed, and the answer is "interrupted".
@@ -74,7 +74,7 @@ def run(
     with (
         quiet(log),
         processes.Interrupts() as interrupts,
-        cluster(needs, address, shared=log.parent.absolute(), say=say, grace=grace) as place,
+        cluster(needs, address, shared=log.parent.absolute() if shared else None, say=say, grace=grace) as place,
     ):
         director = Director(
             source,
@@ -91,11 +91,9 @@ def run(
             _keep_last_words(place.folder, log)
     if director.fault is not None:
         raise director.fault
-    if interrupts.raised:
-        return "interrupted"
-    if not director.over:
+    if not (interrupts.raised or director.over):
         raise RuntimeError(f"Ray Tune ended the run before its time; see {log}.")
-    return "done"
+    return "interrupted" if interrupts.raised else "done"
 
 
 class _Search(Searcher):  # type: ignore[misc]  # Ray has no types

@@ -267,6 +267,7 @@ def carry_out(
         gpus_per_trial=place.share.gpus,
         workers_per_trial=place.options.workers_per_trial,
         address=place.options.address,
+        shared=place.options.store is None,
         log=log,
         say=say,
         tick=None if watch is None else watch(source),

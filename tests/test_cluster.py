@@ -28,6 +28,8 @@ from bench.place import Options, share_out
 
 HERE = Path(__file__).parent
 PROGRAMS = Path(sys.executable).parent
+#: The versions that this machine has.
+OURS = {"bench": "B", "source": "S", "torch": "T", "ray": "R"}
 
 
 # --- what there is room for
@@ -104,7 +106,8 @@ def test_nodes_with_other_code_or_another_file_system_are_refused(
     monkeypatch.setattr("ray.nodes", lambda: [node("a", 2)])
     monkeypatch.setattr("ray.remote", Look)
     monkeypatch.setattr("ray.get", get)
-    monkeypatch.setattr(cluster, "provenance", lambda _: {"versions": {"bench": "B", "torch": "T", "ray": "R"}})
+    monkeypatch.setattr(cluster, "provenance", lambda _: {"versions": {n: v for n, v in OURS.items() if n != "source"}})
+    monkeypatch.setattr(cluster, "source_digest", lambda: "S")
     monkeypatch.setattr(cluster, "NodeAffinitySchedulingStrategy", lambda *_, **__: None)
     with pytest.raises(UserError, match=message):
         Nodes(Needs(concurrent=None, cpus=1), tmp_path, print).check("h:1")
