@@ -75,14 +75,9 @@ def test_room_is_counted_node_by_node_and_follows_them(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (
-            {"versions": {"bench": "0.0", "torch": "T", "ray": "R"}, "sees": True},
-            r"node a has bench 0.0, here B: install",
-        ),
-        (
-            {"versions": {"bench": "B", "torch": "T", "ray": "R"}, "sees": False},
-            r"node a does not see .*name a --results",
-        ),
+        ({"versions": {**OURS, "bench": "0.0"}, "sees": True}, r"node a has bench 0.0, here B: install"),
+        ({"versions": {**OURS, "source": "S2"}, "sees": True}, r"node a has source S2, here S: install"),
+        ({"versions": OURS, "sees": False}, r"node a does not see .*name a --results"),
         (ModuleNotFoundError("No module named 'bench'"), r"node a cannot run trials \(No module.*install bench there"),
     ],
 )
