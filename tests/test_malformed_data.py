@@ -213,6 +213,7 @@ def test_a_pickle_that_means_harm_is_refused_and_does_none(where: str, protocol:
         b"\x80\x02]r\xff\xff\xff\x7f.",  # a memo of 32 GiB
         b"\x80\x05\x96\xff\xff\xff\xff\x07\x00\x00\x00.",  # an array of as much
         b"",
+        b"\x80\x02c\\y\nx\n.",  # a backslash that escapes nothing, of which Python warns
     ],
 )
 def test_what_is_no_such_pickle_is_one_line(content: bytes) -> None:

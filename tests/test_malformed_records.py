@@ -50,6 +50,12 @@ JOURNAL = _journal()
 LINES = JOURNAL.splitlines(keepends=True)
 
 
+def changed(operation: int, **values: Any) -> bytes:
+    """The journal with other values in the first line of this operation of Optuna's."""
+    at = next(i for i, line in enumerate(LINES) if json.loads(line)["op_code"] == operation)
+    return b"".join([*LINES[:at], json.dumps({**json.loads(LINES[at]), **values}).encode() + b"\n", *LINES[at + 1 :]])
+
+
 def ask_for_all(folder: Path, said: list[str]) -> None:
     with opened(folder, said) as study:
         uids = []
@@ -83,6 +89,8 @@ def open_and_use(content: bytes) -> None:
 @example(b"3\n")
 @example(b'{"op_code": 99}\n' + JOURNAL)
 @example(JOURNAL + b"{}\n")
+@example(changed(4, state=1))  # complete, and without a time
+@example(changed(6, values=[]))
 def test_a_journal_with_damaged_bytes_is_opened_or_refused(content: bytes) -> None:
     open_and_use(content)
 
