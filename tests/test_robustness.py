@@ -373,10 +373,11 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def content(book: Book, name: str) -> list[Any]:
-    """All that MLflow holds, but the revision of the code that wrote it last: it may change while this runs."""
+    """All that MLflow holds, but when it was last begun, and by which revision of the code: both may change."""
     found = book.snapshot(name)
     for _, _, tags, *_ in found:
         tags.pop("bench.git_revision", None)
+        tags.pop("bench.begun")
     return found  # type: ignore[no-any-return]
 
 
