@@ -25,6 +25,7 @@ from bench.worker import Running
 # isort: split
 # after bench.cluster, which sets what Ray reads when it is imported
 from ray import tune
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -120,9 +121,13 @@ class _Schedule(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, director: Director, stop: _Stop) -> None:
         super().__init__()
         self._director, self._stop = director, stop
+        self._added = False
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._stop.actors = lambda: _actors(tune_controller)
+        if not self._added:
+            self._stop.actors = lambda: _actors(tune_controller)
+            _outlive_lost_workers(tune_controller)
+        self._added = True
         super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002
@@ -181,6 +186,22 @@ def _actors(tune_controller: Any) -> list[Any]:
     """Ray's handles of the controller's workers, of which it gives none away; without them, the end takes longer."""
     manager = getattr(tune_controller, "_actor_manager", None)
     return [actor for actor, _ in getattr(manager, "_live_actors_to_ray_actors_resources", {}).values()]
+
+
+def _outlive_lost_workers(tune_controller: Any) -> None:
+    """Tune ends the whole run if Ray says of a task that its worker was killed for want of memory, or that its result
+    was lost with its node: it knows only the actor's own errors. To us, each of them is a lost worker."""
+    manager = getattr(tune_controller, "_actor_manager", None)
+    failed = getattr(manager, "_actor_task_failed", None)
+    if manager is None or failed is None:  # another Ray: tests/test_memory.py says whether it still needs this
+        return
+
+    def told(tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=str(exception))
+        failed(tracked_actor_task=tracked_actor_task, exception=exception)
+
+    manager._actor_task_failed = told
 
 
 def _tuner(director: Director, place: Cluster) -> Any:
