@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.checkpoint import location
 from bench.choices import OBJECTIVES
-from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
+from bench.config import ACTIVITY_SETTINGS, StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.drivers import LaterError
 from bench.learning.rules import parse_rule
@@ -70,7 +70,7 @@ def trial_config(
         **changes,
     }
     if not parse_rule(values["rule"]).sees_activity:
-        values = {name: value for name, value in values.items() if name not in ("scaling", "centered")}
+        values = {name: value for name, value in values.items() if name not in ACTIVITY_SETTINGS}
     return TrialConfig.from_dict(values)
 
 

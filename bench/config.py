@@ -24,6 +24,8 @@ PRIMITIVE_NAMES = ("decay", "amp", "null", "sparse", "self")
 
 #: Those whose gradient reads a layer's activity, and grows with the layer: what ``scaling`` and ``centered`` change.
 ACTIVITY_PRIMITIVES = ("amp", "null", "sparse")
+#: The TrialConfig fields that say what these see; without effect on a rule that has none of them.
+ACTIVITY_SETTINGS = ("scaling", "centered", "feedback_fraction")
 
 Status = Literal["finished", "stopped", "diverged", "failed"]
 Kind = Literal["search", "confirm", "control", "train", "robustness", "transfer"]
@@ -200,6 +202,7 @@ class TrialConfig(Strict):
     ``feedback_every = k``: k = 1, B and W both learn in every step; k > 1 is the authors' alternation:
     every k-th step trains B alone, the k - 1 steps between train W alone (their ``alternate_step_freq``
     is k - 1). ``feedback_warmup_epochs`` is their ``delay_epochs``: at first B learns alone.
+    ``feedback_fraction``: the share of each batch's examples that B's primitives see.
     """
 
     rule: str
@@ -215,6 +218,7 @@ class TrialConfig(Strict):
     # what amp, null and sparse make of a layer's activity: divided by its energy; without its mean
     scaling: Scaling = "reference"
     centered: bool = False
+    feedback_fraction: float = 1.0
 
     # the network
     stem: Literal["auto", "small", "imagenet"] = "auto"
@@ -269,6 +273,7 @@ class TrialConfig(Strict):
             check_range(who, name, getattr(self, name), low, 10**9)
         check_range(who, "image_size", self.image_size, 1, 4096)
         check_range(who, "train_examples", self.train_examples, 1)
+        check_range(who, "feedback_fraction", self.feedback_fraction, 0, 1, open_low=True)
         for name in ("lr", "step_factor", "clip_norm"):
             check_range(who, name, getattr(self, name), 0, open_low=True)
         for name in ("weight_decay", "feedback_lr_factor", "warmup_epochs", "feedback_warmup_epochs"):

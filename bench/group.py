@@ -35,18 +35,16 @@ class Group:
                 f"{self.size} workers cannot share a batch of {batch} examples (batch_size / accumulate); "
                 "lower --workers-per-trial, or raise batch_size."
             )
-        mine = self.part(batch)
-        return replace(self, share=(mine.stop - mine.start) / batch)
+        return replace(self, share=len(self.part(batch)) / batch)
 
-    def part(self, count: int) -> slice:
-        """Which of ``count`` things are this process's: in order, and as equal in number as can be."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+    def part(self, count: int) -> range:
+        """Which of ``count`` things are this process's: in turn, so that any first few are divided as the whole is."""
+        return range(self.rank, count, self.size)
 
     def pick(self, count: int, pieces: int = 1) -> list[int]:
         """Which examples of a batch of ``count`` are this process's, if it is cut into ``pieces`` of one size first."""
         piece = count // pieces
-        mine = range(piece)[self.part(piece)]
-        return [start + i for start in range(0, count, piece) for i in mine]
+        return [start + i for start in range(0, count, piece) for i in self.part(piece)]
 
     def sum(self, own: Tensor) -> Tensor:
         """Σ own over all processes, a new tensor."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import headlines
 from bench.campaign import CONTROLS, Ready, confirm_seeds, trial_config
-from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
+from bench.config import ACTIVITY_SETTINGS, PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
 from bench.learning.primitives import PRIMITIVES
 from bench.learning.rules import ANY, parse_rule, subsets
@@ -265,7 +265,7 @@ def outlook(prepared: Prepared) -> list[dict[str, Any]]:
 def _comparable(subset: StudyConfig, whole: StudyConfig) -> bool:
     """Whether they differ in no more than what each searches, and how many trials it has."""
     ours, theirs = (
-        {name: value for name, value in config.recipe.items() if name not in ("scaling", "centered")}
+        {name: value for name, value in config.recipe.items() if name not in ACTIVITY_SETTINGS}
         for config in (subset, whole)
     )
     fields = ("epochs", "seed", "confirm_seeds", "scheduler")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.config import StudyConfig, TrialConfig, UserError, unknown
+from bench.config import ACTIVITY_SETTINGS, StudyConfig, TrialConfig, UserError, unknown
 from bench.files import read_yaml
 from bench.journal import BOOKS
 from bench.learning.rules import ANY
@@ -35,7 +35,7 @@ _KINDS_OF_ROWS: dict[str, StudyKind] = {
 #: The defaults of a run: what an older row, which lacks a newer field, was trained with.
 USUAL = TrialConfig(rule=REFERENCE).to_dict()
 #: What of a configuration is the rule's and the run's own; the rest it shares with its controls.
-_OWN = ("rule", "seed", "coefficients", *UPDATES, "scaling", "centered")
+_OWN = ("rule", "seed", "coefficients", *UPDATES, *ACTIVITY_SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.checkpoint import File, checkpoint_file, location
-from bench.config import Strict, TrialConfig, UserError, check_levels, check_range, digest, study_name, unknown
+from bench.config import (
+    ACTIVITY_SETTINGS,
+    Strict,
+    TrialConfig,
+    UserError,
+    check_levels,
+    check_range,
+    digest,
+    study_name,
+    unknown,
+)
 from bench.evaluators.adversarial import ATTACKS, QUERIES
 from bench.files import read_yaml
 from bench.learning.rules import parse_rule
@@ -30,7 +40,8 @@ FIRST_MEASURE_SEED = 2000
 REFERENCE = "backprop"
 #: What differs between rules by right; everything else is the recipe, and must be the same.
 OF_A_RULE = (
-    *("rule", "coefficients", "feedback_lr_factor", "feedback_every", "feedback_warmup_epochs", "scaling", "centered"),
+    *("rule", "coefficients", "feedback_lr_factor", "feedback_every", "feedback_warmup_epochs"),
+    *ACTIVITY_SETTINGS,
     "seed",
 )
 

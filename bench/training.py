@@ -22,6 +22,7 @@ from bench.learning.convert import Conversion, convert
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.rules import Rule, parse_rule
 from bench.learning.scaling import check_scaling
+from bench.learning.switch import examples_seen
 from bench.models import build, required_image_size, resolve_stem
 from bench.noise import ADDED_UP, UpdateNoise
 
@@ -82,7 +83,7 @@ def prepare(
     )
     data.steps("train", config.batch_size)
     if group is not None:
-        group = group.over(config.batch_size // config.accumulate)
+        group = _shares(config, group)
     stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
     model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
     conversion = convert(
@@ -107,7 +108,7 @@ def prepare(
     optimizer = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
     )
-    learner = FeedbackLearner(model, optimizer, group)
+    learner = FeedbackLearner(model, optimizer, group, fraction=config.feedback_fraction)
     noise = (
         UpdateNoise(optimizer, sigma=config.update_noise, on=config.update_noise_on) if config.update_noise else None
     )
@@ -117,7 +118,7 @@ def prepare(
 def check_together(trial: Trial, workers: int) -> None:
     """UserError if so many workers would not train this network as one does; ``trial`` is of no use afterwards."""
     config, data = trial.config, trial.data
-    Group(rank=0, size=workers).over(config.batch_size // config.accumulate)
+    _shares(config, Group(rank=0, size=workers))
     check_norms(trial.model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         before = torch.get_rng_state()
@@ -129,6 +130,17 @@ def check_together(trial: Trial, workers: int) -> None:
             )
 
 
+def _shares(config: TrialConfig, group: Group) -> Group:
+    """The group, over a batch of this configuration; UserError if a process had no example of it, or none for B."""
+    batch = config.batch_size // config.accumulate
+    if (seen := examples_seen(config.feedback_fraction, batch)) < min(group.size, batch):
+        raise UserError(
+            f"with feedback_fraction = {config.feedback_fraction:g} B sees {seen} of a batch's {batch} examples, too "
+            f"few for {group.size} workers; raise it, or lower --workers-per-trial."
+        )
+    return group.over(batch)
+
+
 def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
     """The rule's coefficients; UserError for settings that have no effect in it.
 
@@ -137,6 +149,11 @@ def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
     """
     coefficients = dict(config.coefficients)
     check_scaling(rule, config.scaling, config.centered)
+    if config.feedback_fraction != 1.0 and not rule.sees_activity:
+        raise UserError(
+            f"feedback_fraction has no effect in rule {rule.name!r}, whose feedback weights see no activity (amp, "
+            "null, sparse do); remove it from the configuration."
+        )
     alternates = config.feedback_every != 1 or config.feedback_warmup_epochs != 0
     if alternates and (not rule.learns or rule.task_gradient):
         raise UserError(

@@ -31,6 +31,7 @@ def train(config: TrialConfig, report: Report, *, seconds: float = 0.0, checkpoi
         time.sleep(seconds)
         history.append({"epoch": float(epoch), "val_acc": accuracy(config, epoch)})
         if path:
+            path.parent.mkdir(exist_ok=True)
             path.with_suffix(".new").write_text(str(epoch))
             path.with_suffix(".new").replace(path)
         report(epoch, {"val_acc": accuracy(config, epoch)})

@@ -190,6 +190,7 @@ LOWEST_REFUSED = {
     "batch_size": 0,
     "accumulate": 0,
     "feedback_every": 0,
+    "feedback_fraction": 0.0,
     "image_size": 0,
     "train_examples": 0,
     "lr": 0.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,19 @@ from together import together
 CPU = torch.device("cpu")
 COEFFICIENTS = {"decay": 0.3, "amp": 0.2, "null": 0.1, "sparse": 0.4, "self": 0.5}
 EVERYTHING = "+".join(COEFFICIENTS)
-#: rule, scaling, centered, parts of an accumulated batch
-CASES: tuple[tuple[str, Any, bool, int], ...] = (
-    *((EVERYTHING, scaling, centered, 1) for scaling in ("reference", "normalized") for centered in (False, True)),
-    (EVERYTHING, "normalized", True, 2),
-    ("amp+null", "normalized", False, 1),
-    ("mirror", "reference", False, 2),
-    ("kolen-pollack", "reference", False, 1),
-    ("feedback", "reference", False, 1),
-    ("sign", "reference", False, 1),
-    ("backprop", "reference", False, 1),
-    ("frozen", "reference", False, 1),
+#: rule, scaling, centered, parts of an accumulated batch, share of it that B sees
+CASES: tuple[tuple[str, Any, bool, int, float], ...] = (
+    *((EVERYTHING, scaling, centered, 1, 1.0) for scaling in ("reference", "normalized") for centered in (False, True)),
+    (EVERYTHING, "normalized", True, 2, 1.0),
+    (EVERYTHING, "reference", False, 1, 0.5),
+    (EVERYTHING, "normalized", True, 2, 0.6),
+    ("amp+null", "normalized", False, 1, 0.3),
+    ("mirror", "reference", False, 2, 1.0),
+    ("kolen-pollack", "reference", False, 1, 1.0),
+    ("feedback", "reference", False, 1, 1.0),
+    ("sign", "reference", False, 1, 1.0),
+    ("backprop", "reference", False, 1, 1.0),
+    ("frozen", "reference", False, 1, 1.0),
 )
 BATCH, STEPS = 14, 3
 
@@ -72,16 +73,16 @@ def data() -> tuple[Tensor, Tensor]:
     return x + 2.0, torch.randint(5, (STEPS, BATCH), generator=g)
 
 
-def trained(case: tuple[str, Any, bool, int], group: Group | None) -> dict[str, Tensor]:
+def trained(case: tuple[str, Any, bool, int, float], group: Group | None) -> dict[str, Tensor]:
     """The network's state after some steps; with a group, by this process's part of each batch."""
-    rule, scaling, centered, pieces = case
+    rule, scaling, centered, pieces, fraction = case
     model = network(rule, scaling, centered)
     if group is not None:
         group = group.over(BATCH // pieces)
         share_norms(model, group)
     groups = parameter_groups(model, lr=0.05, weight_decay=1e-3)
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
-    FeedbackLearner(model, optimizer, group)
+    FeedbackLearner(model, optimizer, group, fraction=fraction)
     for x, labels in zip(*data(), strict=True):
         optimizer.zero_grad()
         mine = list(range(BATCH)) if group is None else group.pick(BATCH, pieces)
@@ -163,9 +164,10 @@ def test_each_example_has_one_process(size: int, count: int, pieces: int) -> Non
     parts = [group.pick(count, pieces) for group in groups]
     assert sorted(i for part in parts for i in part) == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= pieces
-    for piece in range(pieces):  # in the order in which they are in a piece
-        inside = [[i for i in part if i * pieces // count == piece] for part in parts]
-        assert [*chain(*inside)] == list(range(piece * count // pieces, (piece + 1) * count // pieces))
+    assert all(part == sorted(part) for part in parts)
+    for first in range(count // pieces):  # any first few of a piece are divided as equally
+        sizes = [sum(i % (count // pieces) < first for i in part) for part in parts]
+        assert max(sizes) - min(sizes) <= pieces
     if count // pieces >= size:
         shares = [group.over(count // pieces).share for group in groups]
         assert shares == [len(part) / count for part in parts]
@@ -191,12 +193,14 @@ def test_a_part_of_a_batch_is_as_it_is_in_the_whole(
 
     whole, parts = read(None), [read(Group(rank=rank, size=2).pick) for rank in (0, 1)]
     assert len(whole) == 2
-    if not train:  # the last batch has one example, which is the second process's
-        assert [len(part) for part in parts] == [1, 2]
-        parts[0].append((whole[0][0][:0], whole[0][1][:0]))
+    if not train:  # the last batch has one example, which is the first process's
+        assert [len(part) for part in parts] == [2, 1]
+        parts[1].append((whole[0][0][:0], whole[0][1][:0]))
     for (pixels, labels), *divided in zip(whole, *parts, strict=True):
-        assert torch.equal(torch.cat([x for x, _ in divided]), pixels)
-        assert torch.equal(torch.cat([y for _, y in divided]), labels)
+        assert sum(len(x) for x, _ in divided) == len(pixels)
+        for rank, (x, y) in enumerate(divided):
+            assert torch.equal(x, pixels[rank::2])
+            assert torch.equal(y, labels[rank::2])
 
 
 def config(**changes: Any) -> TrialConfig:

@@ -61,6 +61,7 @@ FLOORS = {
     "curves": 1,
     "robustness_summary": 2,
     "learning.scaling": 2,
+    "learning.switch": 2,
     "learning.layers": 3,
     "robustness_words": 2,
     "learning.convert": 4,

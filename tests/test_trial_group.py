@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "scaling": "normalized",
         "centered": True,
     },
+    "a part for B": {"rule": "sparse", "coefficients": {"sparse": 1e-3}, "accumulate": 3, "feedback_fraction": 0.4},
     "resnet18": {
         "arch": "resnet18",
         "rule": "symmetric",

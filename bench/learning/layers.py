@@ -10,7 +10,7 @@ accumulates the loss's gradients would distort it, but on the layer, as a sum an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -19,25 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bench.config import Scaling, UserError
-from bench.group import Group
 from bench.learning.ops import ConvMaps, LinearMaps, Maps
 from bench.learning.primitives import activity_gradient, needs_z, sees_batch
 from bench.learning.rules import Rule
 from bench.learning.scaling import centered as without_mean
 from bench.learning.scaling import check_scaling
-
-
-class Switch:
-    """Whether layers collect B's gradient now. Owned by a `FeedbackLearner`, shared by its layers.
-
-    ``release`` undoes that learner's hooks, when another one takes its layers over. ``group``: the processes among
-    which each batch is divided.
-    """
-
-    def __init__(self, release: Callable[[], None], group: Group | None = None) -> None:
-        self.on = True
-        self.release = release
-        self.group = group
+from bench.learning.switch import Switch
 
 
 class FeedbackState:
@@ -171,8 +158,9 @@ def _collect(ctx: Any, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> 
                 "float16 cannot hold the gradient of B: sums overflow and small coefficients vanish, and no loss scale "
                 "reaches it. Use bfloat16."
             )
+        x, group = state.switch.seen(x)
         z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
-        normalized, group = state.scaling == "normalized", state.switch.group
+        normalized = state.scaling == "normalized"
         if state.centered:
             x, z = without_mean(layer.maps, x, z, W, group)
         grad = activity_gradient(layer.maps, state.coefficients, x, z, B, normalized=normalized, group=group)
@@ -199,10 +187,12 @@ def _begin(layer: AsymmetricLayer) -> None:
 
 
 def _reuse_z(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """z of these examples, the first ones of those that the layer was given."""
     maps: Maps = ctx.layer.maps
     y, ctx.y = ctx.y, None
     if y is None or y._version != ctx.version:
         return maps.forward(x, W.to(x.dtype))
+    y = y[: len(x)]
     z: Tensor = y if bias is None else y - maps.channelwise(bias.to(y.dtype))
     return z
 

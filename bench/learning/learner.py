@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from bench.config import UserError
 from bench.group import Group
-from bench.learning.layers import AsymmetricLayer, Switch, asymmetric_layers
+from bench.learning.layers import AsymmetricLayer, asymmetric_layers
 from bench.learning.primitives import sees_batch
+from bench.learning.switch import Switch
 
 
 class FeedbackLearner:
@@ -32,9 +33,23 @@ class FeedbackLearner:
     fused optimizer that unscales by itself): call ``scaler.unscale_(optimizer)`` first; and at
     ``step(closure)``. A second learner takes over from the first. A layer that is used several times in one
     pass adds its uses up, as dW does (under reentrant checkpointing they count as passes of their own).
+
+    ``fraction``: the share of each batch's examples, the first ones, that amp, sparse and null see: what they cost is
+    as much less. In a shuffled batch these are a random sample, so that (with scaling ``reference``, not centred) B's
+    gradient has the whole batch's as its expectation; the other scalings see a batch of that size. ValueError for a
+    share outside (0, 1].
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        group: Group | None = None,
+        *,
+        fraction: float = 1.0,
+    ) -> None:
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"fraction = {fraction} is out of range; it must lie in (0, 1].")
         self._ddp = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._layers = [m for m in asymmetric_layers(model).values() if m.state.rule.learns]
         _check_optimizer(self._layers, optimizer)
@@ -50,7 +65,7 @@ class FeedbackLearner:
             for hook in hooks:
                 hook.remove()
 
-        self._switch = Switch(release, group)
+        self._switch = Switch(release, group, fraction)
         for layer in self._layers:
             layer.state.switch = self._switch
             layer.state.forget()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from bench.config import Objective, StudyConfig, TrialConfig, UserError, study_name, unknown
+from bench.config import ACTIVITY_SETTINGS, Objective, StudyConfig, TrialConfig, UserError, study_name, unknown
 from bench.verbs.common import (
     Say,
     Watch,
@@ -71,9 +71,11 @@ def _search(given: argparse.Namespace) -> int:
     changes = check_recipe(parse_settings(given.set))
     check_arch(given.arch)
     variant = Variant(scaling=scaling_of(given), centered=given.centered)
-    if rule != ANY and variant.recipe() and not parse_rule(rule).sees_activity:
+    without = {**variant.recipe(), **{k: v for k, v in changes.items() if k in ACTIVITY_SETTINGS}}
+    if rule != ANY and without and not parse_rule(rule).sees_activity:
         raise UserError(
-            f"--scaling and --centered have no effect on rule {rule!r}, which sees no activity: remove them."
+            f"{', '.join(without)} (--scaling, --centered, --set) have no effect on rule {rule!r}, which sees no "
+            "activity: remove them."
         )
     recipe = {**recipe_of(given.dataset, given.arch), **changes, **variant.recipe()}
     recipe |= _noise(given, recipe)
