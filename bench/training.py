@@ -63,9 +63,17 @@ class Trial:
 
 
 def prepare(
-    config: TrialConfig, *, data_dir: str | None = None, device: str = "auto", group: Group | None = None
+    config: TrialConfig,
+    *,
+    data_dir: str | None = None,
+    device: str = "auto",
+    group: Group | None = None,
+    data: ImageData | None = None,
 ) -> Trial:
-    """Everything that the run needs, from the seeds alone; UserError for what does not fit together."""
+    """Everything that the run needs, from the seeds alone; UserError for what does not fit together.
+
+    ``data``: in place of the configuration's data set.
+    """
     rule = parse_rule(config.rule)
     coefficients = resolve_coefficients(config, rule)
     where = pick_device(device)
@@ -73,7 +81,7 @@ def prepare(
     size = required_image_size(config.arch)
     if size is not None and config.image_size not in (None, size):
         raise UserError(f"arch {config.arch!r} takes images of {size} pixels; remove image_size or set it to {size}.")
-    data = load(
+    data = data or load(
         config.dataset,
         data_dir=None if data_dir is None else Path(data_dir),
         split_seed=config.split_seed,
@@ -252,28 +260,39 @@ def _train_epoch(trial: Trial) -> dict[str, float]:
         factor = lr_factor(config, trial.epoch + (index + 0.5) / steps)  # neither the first nor the last step is 0
         for settings in optimizer.param_groups:
             settings["lr"] = settings["full_lr"] * factor
-        optimizer.zero_grad(set_to_none=True)
-        for part, answers in zip(pixels.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-            with trial.autocast():
-                logits = model(part)
-            loss = F.cross_entropy(logits.float(), answers, label_smoothing=config.label_smoothing) / config.accumulate
-            if group is not None:
-                loss = loss * group.share
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if group is not None and weights_learn:
-            group.add_up(p.grad for p in model.parameters() if p.grad is not None)
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if not weights_learn:
-            _only_feedback(optimizer)
-        optimizer.step()
-        if trial.noise is not None:
-            trial.noise.add()
+        total += train_step(trial, pixels, labels, weights_learn=weights_learn)
         if index % LOOK == LOOK - 1 or index == steps - 1:
             whole = (total if group is None else group.sum(total)).item()
             _check(whole / (index + 1), trial)
     return {"train_loss": whole / steps, "lr": config.lr * factor}
+
+
+def train_step(trial: Trial, pixels: Tensor, labels: Tensor, *, weights_learn: bool = True) -> Tensor:
+    """One step by a normalised batch (of a group: this process's part), at the learning rates that are set.
+
+    The mean loss, on the device: nothing here waits for it. ``weights_learn`` false: B alone is moved.
+    """
+    config, model, optimizer, group = trial.config, trial.model, trial.optimizer, trial.group
+    total = torch.zeros((), device=trial.device)
+    optimizer.zero_grad(set_to_none=True)
+    for part, answers in zip(pixels.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
+        with trial.autocast():
+            logits = model(part)
+        loss = F.cross_entropy(logits.float(), answers, label_smoothing=config.label_smoothing) / config.accumulate
+        if group is not None:
+            loss = loss * group.share
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if group is not None and weights_learn:
+        group.add_up(p.grad for p in model.parameters() if p.grad is not None)
+    if config.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if not weights_learn:
+        _only_feedback(optimizer)
+    optimizer.step()
+    if trial.noise is not None:
+        trial.noise.add()
+    return total
 
 
 def _training_batches(trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:

@@ -62,6 +62,7 @@ FLOORS = {
     "robustness_summary": 2,
     "learning.scaling": 2,
     "learning.switch": 2,
+    "arithmetic": 4,
     "learning.layers": 3,
     "robustness_words": 2,
     "learning.convert": 4,
@@ -128,7 +129,7 @@ GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
-        *("provenance", "doctor", "place", "pace", "group", "batch_norm", "distributed"),
+        *("provenance", "doctor", "place", "pace", "arithmetic", "group", "batch_norm", "distributed"),
     ),
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),

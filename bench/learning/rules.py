@@ -45,14 +45,18 @@ class Rule:
         return any(name in ACTIVITY_PRIMITIVES for name in self.primitives)
 
     @property
-    def cost_floor(self) -> float:
-        """A training step's convolutions, in those of backprop (3 a layer): what is elementwise counts nothing.
+    def maps(self) -> int:
+        """How many maps of a layer the gradient of its B takes: what is elementwise counts nothing.
 
         As `bench.learning.primitives.activity_gradient` does it: sparse is one forward and one kernel_grad, null one
         transpose and one kernel_grad; amp rides along with either, and is one kernel_grad alone.
         """
-        maps = 2 * sum(name in self.primitives for name in ("sparse", "null"))
-        return 1 + (maps or ("amp" in self.primitives)) / 3
+        return 2 * sum(name in self.primitives for name in ("sparse", "null")) or int("amp" in self.primitives)
+
+    @property
+    def cost_floor(self) -> float:
+        """A training step's maps, in those of backprop, which are 3 a layer; `bench.arithmetic` counts a network's."""
+        return 1 + self.maps / 3
 
 
 _KUNIN = "Kunin et al. 2020, arXiv 2003.01513"
