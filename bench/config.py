@@ -28,7 +28,7 @@ ACTIVITY_PRIMITIVES = ("amp", "null", "sparse")
 ACTIVITY_SETTINGS = ("scaling", "centered", "feedback_fraction")
 
 Status = Literal["finished", "stopped", "diverged", "failed"]
-Kind = Literal["search", "confirm", "control", "train", "robustness", "transfer"]
+Kind = Literal["search", "confirm", "control", "train", "robustness", "transfer", "speed"]
 #: What amp, sparse and null are divided by in each layer: nothing (the authors'), or the energy of what they read.
 Scaling = Literal["reference", "normalized"]
 #: Where Gaussian noise goes (design, section 5): into training (update), or into a trained network.

@@ -63,6 +63,8 @@ FLOORS = {
     "learning.scaling": 2,
     "learning.switch": 2,
     "arithmetic": 4,
+    "steps": 8,
+    "speed": 9,
     "learning.layers": 3,
     "robustness_words": 2,
     "learning.convert": 4,
@@ -129,7 +131,18 @@ GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
-        *("provenance", "doctor", "place", "pace", "arithmetic", "group", "batch_norm", "distributed"),
+        *(
+            "provenance",
+            "doctor",
+            "place",
+            "pace",
+            "arithmetic",
+            "steps",
+            "speed",
+            "group",
+            "batch_norm",
+            "distributed",
+        ),
     ),
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),

@@ -9,19 +9,94 @@ import sys
 from typing import Any
 
 from bench.config import UserError, check_range, unknown
-from bench.verbs.common import add_json, numbers, verb
+from bench.verbs.common import add_json, add_results, numbers, verb
 
 
 def add(verbs: Any) -> None:
-    p = verb(verbs, "speed", _speed, "measure what a search costs beside its trials, and how that grows")
-    p.add_argument(
-        "--trials", default="100,1000", metavar="N[,N...]", help="searches of so many trials that do nothing"
-    )
-    p.add_argument("--sampler", default="random", metavar="S", help="see `bench list samplers`")
+    p = verb(verbs, "speed", _speed, "measure training steps beside backprop's; or, with --trials, a search's own cost")
+    p.add_argument("--arch", default="resnet18", metavar="A", help="see `bench list archs`")
+    p.add_argument("--rule", default="all", metavar="R[,R...]", help="rules beside backprop; all: every named one")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument("--batch-size", type=int, default=128, metavar="N", help="examples in a step")
+    p.add_argument("--image-size", type=int, default=32, metavar="H", help="pixels a side; 224: as ImageNet's")
+    p.add_argument("--classes", type=int, default=10, metavar="C", help="that the network tells apart")
+    p.add_argument("--precision", default="auto", help="auto (bf16 on a GPU), float32, bf16")
+    p.add_argument("--fraction", type=float, default=1.0, metavar="F", help="share of a batch that B learns from")
+    p.add_argument("--rounds", type=int, default=11, metavar="N", help="in each, every rule takes a turn")
+    p.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (else torch's own)")
+    p.add_argument("--straightforward", action="store_true", help="also autograd on the energies, from the tests")
+    p.add_argument("--trials", metavar="N[,N...]", help="instead: searches of so many trials that do nothing")
+    p.add_argument("--sampler", default="random", metavar="S", help="of those searches; see `bench list samplers`")
     add_json(p)
+    add_results(p)
 
 
 def _speed(given: argparse.Namespace) -> int:
+    return _steps(given) if given.trials is None else _growth(given)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _steps(given: argparse.Namespace) -> int:
+    from bench.learning.rules import RULES, parse_rule
+    from bench.models import check_arch
+    from bench.speed import timed
+    from bench.steps import Conditions
+    from bench.terminal import console, table
+
+    check_arch(given.arch)
+    rules = list(RULES) if given.rule == "all" else [parse_rule(name).name for name in given.rule.split(",")]
+    conditions = Conditions(
+        arch=given.arch,
+        rules=tuple(rules),
+        batch_size=given.batch_size,
+        image_size=given.image_size,
+        classes=given.classes,
+        precision=given.precision,
+        fraction=given.fraction,
+        rounds=given.rounds,
+    )
+    found, where = timed(
+        conditions,
+        straightforward=given.straightforward,
+        device=given.device,
+        threads=given.threads,
+        results=given.results,
+        tracking_uri=given.tracking_uri,
+        say=_say,
+    )
+    if given.json:
+        steps = [dataclasses.asdict(each) for each in found]
+        print(json.dumps({"conditions": conditions.to_dict(), "provenance": where, "steps": steps}))
+        return 0
+    columns = ["rule", "way", "ms", "/ backprop", "quartiles", "floor", "/ floor", "MB", "/ backprop", "allowed"]
+    rows = [
+        [
+            each.rule,
+            each.way,
+            f"{each.seconds * 1000:.1f}",
+            f"{each.ratio:.3f}",
+            f"{each.low:.3f} to {each.high:.3f}",
+            f"{each.floor:.3f}",
+            f"{each.over_floor:.3f}",
+            f"{each.memory:.0f}",
+            f"{each.memory_ratio:.3f}",
+            f"{each.memory_allowed:.3f}",
+        ]
+        for each in found
+    ]
+    images = f"{given.batch_size} images of {given.image_size} pixels"
+    title = f"a training step of {given.arch}: {images}, {given.rounds} rounds"
+    shares = f", B from {given.fraction:g} of a batch" if given.fraction != 1 else ""
+    machine = f"{where['device_name']}, {where['threads']} threads, torch {where['versions']['torch']}"
+    caption = f"medians; {machine}{shares}. allowed: backprop's memory, and B with its optimizer state"
+    console(sys.stdout).print(table(title, columns, rows, caption=caption))
+    return 0
+
+
+def _growth(given: argparse.Namespace) -> int:
     from bench.choices import SAMPLERS
     from bench.growth import grown
     from bench.terminal import console, table
@@ -35,7 +110,7 @@ def _speed(given: argparse.Namespace) -> int:
             )
     if given.sampler not in SAMPLERS:
         raise unknown("sampler", given.sampler, SAMPLERS)
-    found = grown([int(size) for size in sizes], given.sampler, lambda line: print(line, file=sys.stderr, flush=True))
+    found = grown([int(size) for size in sizes], given.sampler, _say)
     if given.json:
         print(json.dumps([dataclasses.asdict(each) for each in found]))
         return 0

@@ -1,0 +1,79 @@
+"""`bench speed` of training steps: recorded in MLflow, a run for each rule, and printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bench
+from bench.config import TrialResult, UserError, digest
+from bench.learning.rules import parse_rule
+from bench.provenance import provenance
+from bench.steps import Conditions, Step, Way, measure, ours
+from bench.stores import embedded
+from bench.tracking import Tracker
+from bench.training import pick_device
+
+#: The study in MLflow under which measurements of speed stand.
+STUDY = "speed"
+#: How bench does a step, and how its tests do it, slow and plain.
+OURS, STRAIGHTFORWARD = "bench", "straightforward"
+
+
+def timed(
+    conditions: Conditions,
+    *,
+    straightforward: bool,
+    device: str,
+    threads: int | None,
+    results: Path,
+    tracking_uri: str | None,
+    say: Callable[[str], None],
+) -> tuple[list[Step], dict[str, Any]]:
+    """The steps under these conditions, and where they were measured; recorded."""
+    if threads:
+        torch.set_num_threads(threads)
+    ways: dict[str, Way] = {OURS: ours, **({STRAIGHTFORWARD: _the_obvious()} if straightforward else {})}
+    found = measure(conditions, ways, device=device, say=say)
+    where = {**provenance(str(pick_device(device))), "threads": torch.get_num_threads()}
+    _record(found, conditions, where, results, tracking_uri, say)
+    return found, where
+
+
+def _the_obvious(tests: Path = Path(bench.__file__).parents[1] / "tests") -> Way:
+    """The tests' own slow way; UserError where there are no tests."""
+    spec = importlib.util.spec_from_file_location("obvious", tests / "obvious.py")
+    if spec is None or spec.loader is None or not (tests / "obvious.py").exists():
+        raise UserError("--straightforward is in the tests, which are not installed: run it in a checkout of bench.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["obvious"] = module
+    spec.loader.exec_module(module)
+    way: Way = module.contestant
+    return way
+
+
+def _record(
+    found: Sequence[Step],
+    conditions: Conditions,
+    where: dict[str, Any],
+    results: Path,
+    tracking_uri: str | None,
+    say: Callable[[str], None],
+) -> None:
+    uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
+    run = digest([conditions.to_dict(), time.time_ns()])[:8]
+    with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
+        tracker.study(STUDY, config={}, identity="bench speed", live=None)  # other measurements may be under way
+        for step in found:
+            uid = f"{STUDY}-{conditions.arch}-{step.rule}-{step.way}-{run}"
+            config = conditions.config(parse_rule(step.rule))
+            metrics = {n: float(v) for n, v in dataclasses.asdict(step).items() if not isinstance(v, str)}
+            tracker.start(uid, "speed", config, {"bench.rule": step.rule, "bench.way": step.way})
+            tracker.finish(uid, TrialResult(config=config, status="finished", metrics=metrics, provenance=where))
