@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import bench
-from bench.config import TrialResult, UserError, digest
+from bench.config import Strict, TrialConfig, TrialResult, UserError, digest
 from bench.learning.rules import parse_rule
 from bench.provenance import provenance
+from bench.stages import listening
 from bench.steps import Conditions, Step, Way, measure, ours
 from bench.stores import embedded
 from bench.tracking import Tracker
 from bench.training import pick_device
+from bench.trial import run_trial
 
 #: The study in MLflow under which measurements of speed stand.
 STUDY = "speed"
@@ -45,6 +49,27 @@ def timed(
     where = {**provenance(str(pick_device(device))), "threads": torch.get_num_threads()}
     _record(found, conditions, where, results, tracking_uri, say)
     return found, where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(Strict):
+    """One stage of a trial: its seconds, how often it came, and its part of the whole."""
+
+    stage: str
+    seconds: float
+    calls: int
+    share: float
+
+
+def of_trial(config: TrialConfig, *, data_dir: str | None, device: str, threads: int | None) -> list[Share]:
+    """Where one trial's seconds go, the longest stage first; "rest": what is in none. A checkpoint is kept, as ever."""
+    with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder, listening() as clock:
+        began = time.perf_counter()
+        run_trial(config, data_dir=data_dir, device=device, threads=threads, checkpoint=str(Path(folder) / "trial.pt"))
+        whole = time.perf_counter() - began
+    seconds = {**clock.seconds, "rest": whole - sum(clock.seconds.values())}
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return [Share(stage=n, seconds=s, calls=clock.calls.get(n, 1), share=s / whole) for n, s in ordered]
 
 
 def _the_obvious(tests: Path = Path(bench.__file__).parents[1] / "tests") -> Way:

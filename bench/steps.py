@@ -34,7 +34,7 @@ WARM = 2
 #: Seconds of a turn, at least: so many steps that neither the clock nor a GPU's launch counts.
 TURN = 0.2
 #: A learning rate, and coefficients, that leave the weights where they are: B is to stay finite in any network.
-_STILL = {"lr": 1e-8, "warmup_epochs": 0.0, "schedule": "constant", "augment": False}
+_STILL = {"lr": 1e-8, "warmup_epochs": 0.0, "schedule": "constant"}
 _COEFFICIENT = 1e-3
 
 #: From a configuration and data to one step of it, and the tensors that it keeps.
@@ -62,20 +62,24 @@ class Conditions(Strict):
         check_range("bench speed", "fraction", self.fraction, 0, 1, open_low=True)
 
     def config(self, rule: Rule) -> TrialConfig:
-        primitives = () if rule.task_gradient else rule.primitives
-        return TrialConfig.from_dict(
-            {
-                **_STILL,
-                "rule": rule.name,
-                "arch": self.arch,
-                "dataset": "noise",
-                "coefficients": dict.fromkeys(primitives, _COEFFICIENT),
-                "batch_size": self.batch_size,
-                "image_size": self.image_size,
-                "precision": self.precision,
-                **({"feedback_fraction": self.fraction} if rule.sees_activity else {}),
-            }
+        return still(
+            rule,
+            fraction=self.fraction,
+            arch=self.arch,
+            dataset="noise",
+            batch_size=self.batch_size,
+            image_size=self.image_size,
+            precision=self.precision,
+            augment=False,
         )
+
+
+def still(rule: Rule, *, fraction: float = 1.0, **fields: Any) -> TrialConfig:
+    """A run of the rule in which nothing gets far: times do not depend on the numbers, as long as they are finite."""
+    primitives = () if rule.task_gradient else rule.primitives
+    seen = {"feedback_fraction": fraction} if rule.sees_activity else {}
+    coefficients = dict.fromkeys(primitives, _COEFFICIENT)
+    return TrialConfig.from_dict({**fields, **_STILL, **seen, "rule": rule.name, "coefficients": coefficients})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from bench.learning.scaling import check_scaling
 from bench.learning.switch import examples_seen
 from bench.models import build, required_image_size, resolve_stem
 from bench.noise import ADDED_UP, UpdateNoise
+from bench.stages import stage, waiting
 
 #: A mean training loss beyond this many times the loss of guessing is of no more use.
 HOPELESS = 20.0
@@ -254,7 +255,7 @@ def _train_epoch(trial: Trial) -> dict[str, float]:
     steps = trial.data.steps("train", config.batch_size)
     model.train()
     total = torch.zeros((), device=trial.device)
-    for index, (pixels, labels) in enumerate(_training_batches(trial)):
+    for index, (pixels, labels) in enumerate(waiting("data", _training_batches(trial))):
         progress = trial.epoch + index / steps
         weights_learn, trial.learner.on = who_learns(config, trial.epoch * steps + index, progress)
         factor = lr_factor(config, trial.epoch + (index + 0.5) / steps)  # neither the first nor the last step is 0
@@ -262,7 +263,8 @@ def _train_epoch(trial: Trial) -> dict[str, float]:
             settings["lr"] = settings["full_lr"] * factor
         total += train_step(trial, pixels, labels, weights_learn=weights_learn)
         if index % LOOK == LOOK - 1 or index == steps - 1:
-            whole = (total if group is None else group.sum(total)).item()
+            with stage("loss"):
+                whole = (total if group is None else group.sum(total)).item()
             _check(whole / (index + 1), trial)
     return {"train_loss": whole / steps, "lr": config.lr * factor}
 
@@ -276,22 +278,25 @@ def train_step(trial: Trial, pixels: Tensor, labels: Tensor, *, weights_learn: b
     total = torch.zeros((), device=trial.device)
     optimizer.zero_grad(set_to_none=True)
     for part, answers in zip(pixels.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-        with trial.autocast():
-            logits = model(part)
-        loss = F.cross_entropy(logits.float(), answers, label_smoothing=config.label_smoothing) / config.accumulate
-        if group is not None:
-            loss = loss * group.share
-        loss.backward()  # type: ignore[no-untyped-call]
+        with stage("forward"):
+            with trial.autocast():
+                logits = model(part)
+            loss = F.cross_entropy(logits.float(), answers, label_smoothing=config.label_smoothing) / config.accumulate
+            if group is not None:
+                loss = loss * group.share
+        with stage("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    if group is not None and weights_learn:
-        group.add_up(p.grad for p in model.parameters() if p.grad is not None)
-    if config.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-    if not weights_learn:
-        _only_feedback(optimizer)
-    optimizer.step()
-    if trial.noise is not None:
-        trial.noise.add()
+    with stage("update"):
+        if group is not None and weights_learn:
+            group.add_up(p.grad for p in model.parameters() if p.grad is not None)
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not weights_learn:
+            _only_feedback(optimizer)
+        optimizer.step()
+        if trial.noise is not None:
+            trial.noise.add()
     return total
 
 

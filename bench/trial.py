@@ -27,6 +27,7 @@ from bench.evaluators.alignment import error_alignment, weight_alignment
 from bench.evaluators.robustness import noisy_accuracy
 from bench.group import Group
 from bench.provenance import provenance
+from bench.stages import stage
 from bench.training import Diverged, Trial, prepare, train_epoch
 
 #: (epoch, from 1; its metrics). It may raise to end the trial from outside.
@@ -63,7 +64,8 @@ def run_trial(
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    lanes = _lanes(config, data_dir, device, checkpoint, group)
+    with stage("prepare"):
+        lanes = _lanes(config, data_dir, device, checkpoint, group)
     status: Status = "finished"
     reason, tested, history = None, dict[str, float](), list[dict[str, float]]()
     try:
@@ -115,7 +117,8 @@ class _Lane:
                 self.lost = True
             else:
                 if self.path is not None and (trial.group is None or trial.group.rank == 0):
-                    save(trial, self.path)
+                    with stage("checkpoint"):
+                        save(trial, self.path)
 
     def accuracy(self, epoch: int) -> float:
         """On the validation split, after this epoch."""
@@ -215,7 +218,7 @@ def noise_area(trial: Trial, split: str) -> dict[str, float]:
             seed=config.seed,
         ).mean
 
-    with trial.autocast():
+    with trial.autocast(), stage("noise"):
         accuracies = _divided(at, config.noise_levels, trial)
     return _area(split, config, accuracies)
 
@@ -298,7 +301,8 @@ def alignment(trial: Trial) -> dict[str, float]:
         drawn = trial.data.batches("val", count, device=trial.device, seed=trial.config.split_seed)
         pixels, labels = next(drawn)
         trial.sample = trial.data.normalize(pixels), labels
-    return {**error_alignment(trial.model, *trial.sample), **weight_alignment(trial.model)}
+    with stage("angles"):
+        return {**error_alignment(trial.model, *trial.sample), **weight_alignment(trial.model)}
 
 
 def score(trial: Trial, split: str) -> dict[str, float]:
@@ -306,7 +310,7 @@ def score(trial: Trial, split: str) -> dict[str, float]:
     group = trial.group
     pick = None if group is None else group.pick
     batches = trial.data.batches("val" if split == "val" else "test", BATCH, device=trial.device, pick=pick)
-    with trial.autocast():
+    with trial.autocast(), stage("evaluation"):
         found = accuracy(trial.model, batches, trial.data.normalize, group)
     if not math.isfinite(found["loss"]):
         raise Diverged(f"the {split} loss is {found['loss']}")

@@ -62,6 +62,7 @@ FLOORS = {
     "robustness_summary": 2,
     "learning.scaling": 2,
     "learning.switch": 2,
+    "stages": 0,
     "arithmetic": 4,
     "steps": 8,
     "speed": 9,
@@ -131,18 +132,8 @@ GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
-        *(
-            "provenance",
-            "doctor",
-            "place",
-            "pace",
-            "arithmetic",
-            "steps",
-            "speed",
-            "group",
-            "batch_norm",
-            "distributed",
-        ),
+        *("provenance", "doctor", "place", "pace", "group", "batch_norm", "distributed"),
+        *("arithmetic", "stages", "steps", "speed"),
     ),
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),

@@ -25,6 +25,12 @@ SMALL = {"arch": "lenet", "batch_size": 16, "rounds": 4}
 MIRROR = Conditions.from_dict({**SMALL, "rules": ["mirror"]})
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of one step: what is asked is not how long they take."""
+    monkeypatch.setattr("bench.steps.TURN", 0.0)
+
+
 def steps(*rules: str, **changes: object) -> dict[tuple[str, str], Step]:
     conditions = Conditions.from_dict({**SMALL, "rules": rules, **changes})
     ways = {OURS: ours, STRAIGHTFORWARD: contestant}
@@ -45,6 +51,7 @@ def test_everybody_takes_as_many_turns_and_each_begins_once() -> None:
     assert min(map(min, found.values())) >= 0.3
 
 
+@pytest.mark.usefixtures("short")
 def test_each_rule_has_its_ways_its_floor_and_its_memory() -> None:
     found = steps("feedback", "mirror")
     assert list(found) == [("backprop", OURS), ("feedback", OURS), ("mirror", OURS), ("mirror", STRAIGHTFORWARD)]
@@ -73,6 +80,7 @@ def test_what_a_network_keeps_is_counted_once() -> None:
     assert sum(t.numel() for t in kept) == 2 * parameters - first.numel()
 
 
+@pytest.mark.usefixtures("short")
 def test_a_share_of_the_batch_lowers_the_floor_of_rules_that_see_it() -> None:
     whole, part = steps("mirror", "symmetric"), steps("mirror", "symmetric", fraction=0.25)
     extra = whole["mirror", OURS].floor - 1
@@ -107,6 +115,7 @@ def test_conditions_are_strict() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short")
 def test_what_is_printed_is_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--arch", "lenet", "--rule", "mirror", "--batch-size", "8", "--rounds", "4", "--straightforward"]
     assert main(["speed", *words, "--results", str(tmp_path), "--json"]) == 0

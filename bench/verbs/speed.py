@@ -25,6 +25,10 @@ def add(verbs: Any) -> None:
     p.add_argument("--rounds", type=int, default=11, metavar="N", help="in each, every rule takes a turn")
     p.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (else torch's own)")
     p.add_argument("--straightforward", action="store_true", help="also autograd on the energies, from the tests")
+    p.add_argument("--trial", action="store_true", help="instead: where the seconds of one trial of a rule go")
+    p.add_argument("--dataset", default="digits", metavar="D", help="of that trial; see `bench list datasets`")
+    p.add_argument("--data-dir", metavar="PATH", help="where the data set's files are")
+    p.add_argument("--epochs", type=int, default=2, metavar="E", help="of that trial")
     p.add_argument("--trials", metavar="N[,N...]", help="instead: searches of so many trials that do nothing")
     p.add_argument("--sampler", default="random", metavar="S", help="of those searches; see `bench list samplers`")
     add_json(p)
@@ -32,6 +36,10 @@ def add(verbs: Any) -> None:
 
 
 def _speed(given: argparse.Namespace) -> int:
+    if given.trial and given.trials is not None:
+        raise UserError("--trial is of one trial that trains, --trials of many that do nothing: give one of them.")
+    if given.trial:
+        return _trial(given)
     return _steps(given) if given.trials is None else _growth(given)
 
 
@@ -93,6 +101,34 @@ def _steps(given: argparse.Namespace) -> int:
     machine = f"{where['device_name']}, {where['threads']} threads, torch {where['versions']['torch']}"
     caption = f"medians; {machine}{shares}. allowed: backprop's memory, and B with its optimizer state"
     console(sys.stdout).print(table(title, columns, rows, caption=caption))
+    return 0
+
+
+def _trial(given: argparse.Namespace) -> int:
+    from bench.learning.rules import parse_rule
+    from bench.models import check_arch
+    from bench.provenance import provenance
+    from bench.recipes import recipe_of
+    from bench.speed import of_trial
+    from bench.steps import still
+    from bench.terminal import console, table
+    from bench.training import pick_device
+
+    check_arch(given.arch)
+    rule = parse_rule("backprop" if given.rule == "all" else given.rule)
+    recipe = recipe_of(given.dataset, given.arch)
+    budget = {"arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
+    config = still(rule, fraction=given.fraction, **recipe, **budget)
+    found = of_trial(config, data_dir=given.data_dir, device=given.device, threads=given.threads)
+    where = provenance(str(pick_device(given.device)))
+    if given.json:
+        shares = [dataclasses.asdict(each) for each in found]
+        print(json.dumps({"config": config.to_dict(), "provenance": where, "stages": shares}))
+        return 0
+    rows = [[each.stage, f"{each.seconds:.2f}", f"{each.calls}", f"{each.share:.1%}"] for each in found]
+    title = f"a trial of {rule.name} on {given.arch}, {given.dataset}: {given.epochs} epochs"
+    caption = f"n = 1; {where['device_name']}, torch {where['versions']['torch']}"
+    console(sys.stdout).print(table(title, ["stage", "s", "times", "share"], rows, caption=caption, texts=1))
     return 0
 
 
