@@ -60,6 +60,7 @@ class Start:
 
 
 @pytest.mark.faults
+@pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 def test_twenty_kills_at_random_moments_lose_double_and_halve_nothing(tmp_path: Path) -> None:
     chance = random.Random(20)
     hits: Counter[str] = Counter()
