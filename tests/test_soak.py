@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray  # noqa: F401  (psutil comes with it)
 
+import bench.engine  # noqa: F401  (psutil comes with Ray)
 from mlflow_book import Book
 from soak_driver import EPOCHS, NAME
 
