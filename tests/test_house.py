@@ -66,6 +66,7 @@ FLOORS = {
     "arithmetic": 4,
     "steps": 8,
     "speed": 9,
+    "rivalry": 1,
     "learning.layers": 3,
     "robustness_words": 2,
     "learning.convert": 4,

@@ -80,6 +80,7 @@ def test_shares_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["config"]["batch_size"] == 32  # the recipe's
 
 
-def test_one_trial_or_many(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["speed", "--trial", "--trials", "100"]) == 2
-    assert "give one of them" in capsys.readouterr().err
+@pytest.mark.parametrize("others", [["--trials", "100"], ["--search", "60"]])
+def test_one_thing_is_measured(others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speed", "--trial", *others]) == 2
+    assert f"--trial and {others[0]} measure different things: give one of them." in capsys.readouterr().err

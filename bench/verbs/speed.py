@@ -29,6 +29,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--dataset", default="digits", metavar="D", help="of that trial; see `bench list datasets`")
     p.add_argument("--data-dir", metavar="PATH", help="where the data set's files are")
     p.add_argument("--epochs", type=int, default=2, metavar="E", help="of that trial")
+    p.add_argument("--search", type=float, metavar="S", help="instead: search for S seconds, and as others would")
     p.add_argument("--trials", metavar="N[,N...]", help="instead: searches of so many trials that do nothing")
     p.add_argument("--sampler", default="random", metavar="S", help="of those searches; see `bench list samplers`")
     add_json(p)
@@ -36,11 +37,10 @@ def add(verbs: Any) -> None:
 
 
 def _speed(given: argparse.Namespace) -> int:
-    if given.trial and given.trials is not None:
-        raise UserError("--trial is of one trial that trains, --trials of many that do nothing: give one of them.")
-    if given.trial:
-        return _trial(given)
-    return _steps(given) if given.trials is None else _growth(given)
+    instead = [name for name in ("trial", "search", "trials") if getattr(given, name)]
+    if len(instead) > 1:
+        raise UserError(f"--{' and --'.join(instead)} measure different things: give one of them.")
+    return {"trial": _trial, "search": _search, "trials": _growth}.get("".join(instead), _steps)(given)
 
 
 def _say(line: str) -> None:
@@ -129,6 +129,42 @@ def _trial(given: argparse.Namespace) -> int:
     title = f"a trial of {rule.name} on {given.arch}, {given.dataset}: {given.epochs} epochs"
     caption = f"n = 1; {where['device_name']}, torch {where['versions']['torch']}"
     console(sys.stdout).print(table(title, ["stage", "s", "times", "share"], rows, caption=caption, texts=1))
+    return 0
+
+
+def _search(given: argparse.Namespace) -> int:
+    from bench.learning.rules import parse_rule
+    from bench.models import check_arch
+    from bench.provenance import provenance
+    from bench.rivalry import compared
+    from bench.terminal import console, table
+
+    check_arch(given.arch)
+    check_range("--search", "seconds", given.search, 10, 10**6)
+    rule = "sparse" if given.rule == "all" else parse_rule(given.rule).name
+    trial = {"rule": rule, "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
+    found, where = compared(trial, given.search, rounds=given.rounds, say=_say), provenance("cpu")
+    if given.json:
+        searches = [dataclasses.asdict(each) for each in found]
+        print(json.dumps({"trial": trial, "provenance": where, "searches": searches}))
+        return 0
+    rows = [
+        [
+            each.way,
+            "-" if each.first_step is None else f"{each.first_step:.1f}",
+            f"{each.trials}",
+            f"{each.per_hour:.0f}",
+            "-" if each.best is None else f"{each.best:.2%}",
+            "-" if each.idle is None else f"{each.idle:.1%}",
+        ]
+        for each in found
+    ]
+    title = f"{given.search:.0f} s of search: {rule} on {given.arch}, {given.dataset}, {given.epochs} epochs a trial"
+    columns = ["way", "s to the first step", "trials", "an hour", "best val", "idle cores"]
+    caption = (
+        f"{where['cpu']}, {where['cores']:g} cores; sampler tpe, no scheduler; trials an hour: after the first step"
+    )
+    console(sys.stdout).print(table(title, columns, rows, caption=caption, texts=1))
     return 0
 
 

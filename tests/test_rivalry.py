@@ -1,0 +1,71 @@
+"""`bench speed --search`: what is counted, and by whom; the real thing, for some seconds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import rivalry
+from bench.cli import main
+from bench.config import UserError
+
+#: In place of tests/rivals.py: notes its trials, and waits to be interrupted; or fails.
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+way, folder, trial = sys.argv[1:]
+if json.loads(trial)["rule"] == "fails":
+    sys.exit("no such thing")
+began = time.time()
+ends = [(began + 0.2, began + 0.6, 0.5), (None, began + 0.7, 0.1), (began + 0.8, began + 100, 0.9)]
+for first, end, acc in ends[: 0 if way == "optuna" else 3]:
+    with (Path(folder) / "ends.jsonl").open("a") as file:
+        file.write(json.dumps({"first": first, "end": end, "val_acc": acc}) + chr(10))
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "rivals.py").write_text(SCRIPT)
+    monkeypatch.setattr(rivalry.bench, "__file__", str(tmp_path / "bench" / "__init__.py"))
+
+
+@pytest.mark.usefixtures("scripted")
+def test_trials_that_end_in_time_are_counted_from_the_first_step_on() -> None:
+    said: list[str] = []
+    bench, optuna, ray = rivalry.compared({"rule": "sparse"}, 3.0, rounds=1, say=said.append)
+    assert [search.way for search in (bench, optuna, ray)] == list(rivalry.WAYS)
+    assert (bench.trials, bench.best) == (2, 0.5)  # the third ends later
+    assert bench.first_step is not None
+    assert 0.2 < bench.first_step < 2.0
+    assert bench.per_hour == pytest.approx(2 / (3.0 - bench.first_step) * 3600)
+    assert (optuna.trials, optuna.best, optuna.first_step, optuna.per_hour) == (0, None, None, 0.0)
+    if sys.platform == "linux":
+        assert bench.idle is not None
+        assert 0.0 <= bench.idle <= 1.0
+    assert len(said) == 3
+
+
+@pytest.mark.usefixtures("scripted")
+def test_one_that_fails_says_why() -> None:
+    with pytest.raises(UserError, match="bench ended before its time: no such thing"):
+        rivalry.compared({"rule": "fails"}, 20.0, rounds=1, say=lambda _: None)
+
+
+def test_without_the_tests_there_is_nothing_to_compare_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivalry.bench, "__file__", str(tmp_path / "bench" / "__init__.py"))
+    with pytest.raises(UserError, match="in a checkout"):
+        rivalry.compared({"rule": "sparse"}, 20.0, rounds=1, say=lambda _: None)
+
+
+@pytest.mark.faults
+def test_all_ways_really_search(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--arch", "lenet", "--rule", "mirror", "--epochs", "1", "--rounds", "1"]
+    assert main(["speed", "--search", "90", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {search["way"]: search["trials"] > 0 for search in found["searches"]} == dict.fromkeys(rivalry.WAYS, True)
