@@ -17,7 +17,8 @@ from bench.files import parse_scalar
 from bench.objects import is_uri
 
 if TYPE_CHECKING:
-    from bench.mirror import Mirror, Use
+    from bench.copies import Use
+    from bench.mirror import Mirror
     from bench.place import Options
 
 T = TypeVar("T")
