@@ -27,6 +27,7 @@ from bench.config import UserError
 from bench.disk import on_disk
 from bench.lease import TakenError
 from bench.objects import Store, Version
+from bench.stores import embedded, key
 
 #: reads: what is there is brought down. writes: and what changes is uploaded. shows: the pages are wanted, too.
 Use = Literal["reads", "shows", "writes"]
@@ -36,8 +37,10 @@ OWN = ".mirror"
 
 ROWS, JOURNAL = "rows.jsonl", "journal.log"
 _GROW = (ROWS, JOURNAL)
-#: What a machine keeps to itself: locks, logs, MLflow's artifacts, and the files that workers put on the store.
-_LOCAL_NAMES = ("lock", "drivers", "ray.log", "mlartifacts", "checkpoints", "networks")
+#: What a machine keeps to itself of a study, whatever that is called: locks, logs, what workers put on the store.
+_LOCAL_NAMES = ("lock", "drivers", "ray.log", "checkpoints", "networks")
+#: And beside the studies: the artifacts of MLflow's embedded store, and what is on its way to that one.
+_LOCAL_BEGINS = ("mlartifacts/", f"spool/spool-{key(embedded(Path('/'))[0], Path('/'))}-")
 _LOCAL_ENDS = (".lock", ".tmp", ".new", ".part")
 #: What is drawn again from rows.
 _PAGES = (".html", ".svg")
@@ -50,7 +53,9 @@ _AT_A_TIME = 8
 def belongs(name: str) -> bool:
     """Whether this file of a results folder has its copy on the store; files beside the studies' folders have none."""
     parts = PurePosixPath(name).parts
-    if len(parts) < 2 or any(part.startswith(".") or part in _LOCAL_NAMES for part in parts):
+    if len(parts) < 2 or name.startswith(_LOCAL_BEGINS) or any(part.startswith(".") for part in parts):
+        return False
+    if any(part in _LOCAL_NAMES for part in parts[1:]):
         return False
     return not name.endswith(_LOCAL_ENDS) and ".lock." not in parts[-1]
 
@@ -63,7 +68,8 @@ def grows(name: str) -> bool:
 def files(folder: Path) -> Iterator[tuple[str, Path]]:
     """What belongs on the store of this results folder, by its name there."""
     for here, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in _LOCAL_NAMES]
+        within = Path(here) != folder
+        folders[:] = [f for f in folders if not f.startswith(".") and not (within and f in _LOCAL_NAMES)]
         for path in (Path(here) / name for name in names):
             name = path.relative_to(folder).as_posix()
             if belongs(name):
