@@ -72,6 +72,34 @@ def test_after_the_driver_was_killed_nothing_stays_running(book: Book, name: str
     assert book.parent(name).info.status == "FINISHED"
 
 
+def test_what_was_made_twice_because_an_answer_was_lost_is_ended(book: Book, name: str) -> None:
+    """The server took it after all, later than it was asked for again; here as the older of the two."""
+    with book.open() as tracker:
+        tracker.study(name, config={"a": 1})
+        for uid in ("goes-on", "over"):
+            tracker.start(uid, "search", CONFIG)
+            tracker.report(uid, 1, epochs(1)[0])
+        tracker.finish("over", finished(2))
+        delivered(tracker)
+        kept = [book.parent(name), *book.children(name).values()]
+        for run in kept:
+            tags = {key: value for key, value in run.data.tags.items() if key not in ("bench.status", "mlflow.user")}
+            book.client().create_run(run.info.experiment_id, run.info.start_time - 1000, tags, run.info.run_name)
+        with book.open() as other:
+            other.study(name, config={"a": 1}, live=["goes-on"])
+            delivered(other)
+            other.end(None)
+        tracker.finish("goes-on", finished(2))
+        delivered(tracker)
+    found = book.runs(f"tags.`bench.study` = '{name}'")
+    again = [run for run in found if "bench.duplicate" in run.data.tags]
+    assert {run.data.tags["bench.duplicate"] for run in again} == {run.info.run_id for run in kept}
+    assert [run.info.status for run in again] == ["KILLED"] * 3
+    assert {run.info.run_id: run.info.status for run in found if run not in again} == {
+        run.info.run_id: "FINISHED" for run in kept
+    }
+
+
 def test_an_exception_ends_open_runs(book: Book, name: str) -> None:
     tracker = book.open()
     with pytest.raises(KeyboardInterrupt), tracker:  # noqa: PT012 (the block is what is tested)
