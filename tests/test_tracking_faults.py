@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,24 @@ def test_what_was_made_twice_because_an_answer_was_lost_is_ended(book: Book, nam
     assert {run.info.run_id: run.info.status for run in found if run not in again} == {
         run.info.run_id: "FINISHED" for run in kept
     }
+
+
+def test_a_place_for_artifacts_that_cannot_be_written_is_waited_for(book: Book, name: str, tmp_path: Path) -> None:
+    (tmp_path / "best.yaml").write_text("rule: mirror\n")
+    with book.open() as tracker:
+        tracker.study(name, config={})
+        delivered(tracker)
+        place = book.artifacts / book.parent(name).info.run_id
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("a file, where its folder is to be made")
+        tracker.artifacts([tmp_path / "best.yaml"])
+        while not book.said:
+            time.sleep(0.01)
+        assert "does not answer" in book.said[0]
+        place.unlink()
+        delivered(tracker)
+    assert book.files(book.parent(name)) == {"best.yaml"}
+    assert not (book.results / "spool" / "rejected.jsonl").exists()
 
 
 def test_an_exception_ends_open_runs(book: Book, name: str) -> None:
