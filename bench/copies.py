@@ -147,7 +147,9 @@ def bring(store: Store, folder: Path, index: Index, *, use: Use, say: Callable[[
         known = _without_strangers(study, own)
         half = [name for name in own if known[name] != own[name]]
         newer = _newer(store, folder, study, known if index.is_half(f"{study}/{ROWS}") else own, index)
-        wanted = {n: known[n] if use == "writes" else d for n, d in own.items() if _is_wanted(n, folder, index, newer)}
+        again = [n for n in own if newer == "equal" and (n in half or index.is_half(n))]
+        names = [n for n in own if n in again or _is_wanted(n, folder / n, index, newer)]
+        wanted = {name: (known if use == "writes" else own)[name] for name in names}
         if use == "writes" and wanted.keys() & half:
             lost = sum(own[name].count(b"\n") - known[name].count(b"\n") for name in half)
             say(f"{study}: {lost} trials were uploaded in part only, and are run again.")
@@ -218,13 +220,13 @@ def whole_lines(data: bytes) -> bytes:
     return data[:end]
 
 
-def _is_wanted(name: str, folder: Path, index: Index, newer: str) -> bool:
+def _is_wanted(name: str, path: Path, index: Index, newer: str) -> bool:
     """Whether the store's takes the place of ours."""
-    if not (folder / name).exists():
+    if not path.exists():
         return True
-    if grows(name):
-        return newer == "there" or (newer == "equal" and index.is_half(name))
-    return newer == "there" or (newer == "equal" and index.is_here(name, folder / name))
+    if grows(name) or newer != "equal":
+        return newer == "there"
+    return index.is_here(name, path)
 
 
 def _without_strangers(study: str, own: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -314,6 +314,17 @@ def test_a_row_that_came_before_its_journal_is_there_when_that_has_come(a: Machi
     assert again.files() == {name: STORE.read(name).decode() for name in again.files()}
 
 
+def test_what_came_in_part_is_known_without_an_index_too(a: Machine, b: Machine) -> None:
+    a.trial(0)
+    a.send()
+    stopped_between_rows_and_journal(a, 1)
+    b.bring("reads")
+    (b.folder / ".mirror" / "index.json").unlink()
+    again = Machine(b.folder)
+    again.bring()
+    assert again.uids() == ["s-0000"]
+
+
 @pytest.mark.parametrize("first", ["reads", "writes"])
 @pytest.mark.parametrize("been_there", [True, False])
 def test_what_came_in_part_is_run_again_by_who_goes_on(a: Machine, b: Machine, first: Use, been_there: bool) -> None:
