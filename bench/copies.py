@@ -6,8 +6,9 @@ study's folder is as old as its rows and its journal are. Of other files the one
 counts, and if both did, ours.
 
 Uploaded are, in this order, books, rows, journals (as they were before the rows were read), and the rest: so that on
-the store there is no trial of which the journal knows the end, and the rows do not have it. The reverse can be, after a
-kill between two uploads: rows whose trial the journal does not know are left out when such a folder is brought down.
+the store there is no trial of which the journal knows the end, and the rows do not have it. The reverse can be, between
+two uploads: rows whose trial the journal there does not know. Who only reads has them; who is to go on leaves them out,
+for the trials would get their numbers again. Either way they are no state to rest on: the next start looks again.
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ from bench.config import UserError
 from bench.disk import on_disk
 from bench.lease import TakenError
 from bench.objects import Store, Version
+from bench.stores import embedded, key
+
+#: reads: what is there is brought down. writes: and what changes is uploaded. shows: the pages are wanted, too.
+Use = Literal["reads", "shows", "writes"]
 
 #: The folder, beside the studies, that the mirror itself needs.
 OWN = ".mirror"
 
 ROWS, JOURNAL = "rows.jsonl", "journal.log"
 _GROW = (ROWS, JOURNAL)
-#: What a machine keeps to itself: locks, logs, MLflow's artifacts, and the files that workers put on the store.
-_LOCAL_NAMES = ("lock", "drivers", "ray.log", "mlartifacts", "checkpoints", "networks")
+#: What a machine keeps to itself of a study, whatever that is called: locks, logs, what workers put on the store.
+_LOCAL_NAMES = ("lock", "drivers", "ray.log", "checkpoints", "networks")
+#: And beside the studies: the artifacts of MLflow's embedded store, and what is on its way to that one.
+_LOCAL_BEGINS = ("mlartifacts/", f"spool/spool-{key(embedded(Path('/'))[0], Path('/'))}-")
 _LOCAL_ENDS = (".lock", ".tmp", ".new", ".part")
 #: What is drawn again from rows.
 _PAGES = (".html", ".svg")
@@ -46,7 +53,9 @@ _AT_A_TIME = 8
 def belongs(name: str) -> bool:
     """Whether this file of a results folder has its copy on the store; files beside the studies' folders have none."""
     parts = PurePosixPath(name).parts
-    if len(parts) < 2 or any(part.startswith(".") or part in _LOCAL_NAMES for part in parts):
+    if len(parts) < 2 or name.startswith(_LOCAL_BEGINS) or any(part.startswith(".") for part in parts):
+        return False
+    if any(part in _LOCAL_NAMES for part in parts[1:]):
         return False
     return not name.endswith(_LOCAL_ENDS) and ".lock." not in parts[-1]
 
@@ -59,7 +68,8 @@ def grows(name: str) -> bool:
 def files(folder: Path) -> Iterator[tuple[str, Path]]:
     """What belongs on the store of this results folder, by its name there."""
     for here, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in _LOCAL_NAMES]
+        within = Path(here) != folder
+        folders[:] = [f for f in folders if not f.startswith(".") and not (within and f in _LOCAL_NAMES)]
         for path in (Path(here) / name for name in names):
             name = path.relative_to(folder).as_posix()
             if belongs(name):
@@ -95,8 +105,12 @@ class Index:
         now = signature(path)
         return bool(now) and self._known.get(name, {}).get("here") == now
 
-    def note(self, name: str, there: Version | None, here: list[int]) -> None:
-        self._known[name] = {"there": list(there) if there else None, "here": here}
+    def is_half(self, name: str) -> bool:
+        """Whether the rows that the store had, and ours come from, were ahead of their journal."""
+        return bool(self._known.get(name, {}).get("half"))
+
+    def note(self, name: str, there: Version | None, here: list[int], *, half: bool = False) -> None:
+        self._known[name] = {"there": list(there) if there else None, "here": here} | ({"half": True} if half else {})
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)
@@ -117,32 +131,49 @@ def signature(path: Path) -> list[int]:
 # --- down ------------------------------------------------------------------------------------------------
 
 
-def bring(store: Store, folder: Path, index: Index, *, pages: bool, say: Callable[[str], None]) -> None:
-    """Make the folder as new as the store. ``pages``: those, too, which can be drawn again from rows.
+def bring(store: Store, folder: Path, index: Index, *, use: Use, say: Callable[[str], None]) -> None:
+    """Make the folder as new as the store.
 
     UserError, and nothing of that study changed, where both sides went on from one state, and where rows, a journal or
     a book that were uploaded from here are not there any more.
     """
-    there = {n: v for n, v in store.listing().items() if belongs(n) and (pages or not n.endswith(_PAGES))}
+    there = {n: v for n, v in store.listing().items() if belongs(n) and (use == "shows" or not n.endswith(_PAGES))}
     _check_none_is_gone(store, folder, index, there)
-    unknown = [n for n, v in there.items() if not _is_settled(n, v, folder / n, index)]
+    unknown = _unknown(folder, index, there)
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         found = dict(zip(unknown, pool.map(store.read, unknown), strict=True))
     for study in dict.fromkeys(name.partition("/")[0] for name in unknown):
         own = {name: data for name, data in found.items() if name.startswith(f"{study}/")}
-        newer = _newer(store, folder, study, own)
-        wanted = {n: d for n, d in own.items() if _is_wanted(n, folder / n, index, newer)}
-        for name, data in _without_strangers(study, wanted, say).items():
+        known = _without_strangers(study, own)
+        half = [name for name in own if known[name] != own[name]]
+        newer = _newer(store, folder, study, known if index.is_half(f"{study}/{ROWS}") else own, index)
+        again = [n for n in own if newer == "equal" and (n in half or index.is_half(n))]
+        names = [n for n in own if n in again or _is_wanted(n, folder / n, index, newer)]
+        wanted = {name: (known if use == "writes" else own)[name] for name in names}
+        if use == "writes" and wanted.keys() & half:
+            lost = sum(own[name].count(b"\n") - known[name].count(b"\n") for name in half)
+            say(f"{study}: {lost} trials were uploaded in part only, and are run again.")
+        for name, data in wanted.items():
             _write(folder / name, data)
-            index.note(name, there[name], signature(folder / name))
+            index.note(name, there[name], signature(folder / name), half=name in half)
         for name in own.keys() - wanted.keys():  # as it is there we know it; ours is to be uploaded, if it differs
-            index.note(name, there[name], [] if own[name] != (folder / name).read_bytes() else signature(folder / name))
+            here = [] if own[name] != (folder / name).read_bytes() else signature(folder / name)
+            index.note(name, there[name], here, half=name in half)
     index.save()
+
+
+def _unknown(folder: Path, index: Index, there: Mapping[str, Version]) -> list[str]:
+    """What is to be read: what is not settled; and of a study both rows and journal, or neither."""
+    new = {name for name, version in there.items() if not _is_settled(name, version, folder / name, index)}
+    grown = {name.partition("/")[0] for name in new if grows(name)}
+    return [name for name in there if name in new or (grows(name) and name.partition("/")[0] in grown)]
 
 
 def _is_settled(name: str, version: Version, path: Path, index: Index) -> bool:
     """Whether there is nothing to compare: the store has what it had, and we what goes on from that."""
-    return index.is_there(name, version) and (index.is_here(name, path) if grows(name) else path.exists())
+    if index.is_half(name) or not index.is_there(name, version):
+        return False
+    return index.is_here(name, path) if grows(name) else path.exists()
 
 
 def _check_none_is_gone(store: Store, folder: Path, index: Index, there: Mapping[str, Version]) -> None:
@@ -157,9 +188,12 @@ def _check_none_is_gone(store: Store, folder: Path, index: Index, there: Mapping
         index.forget(name)
 
 
-def _newer(store: Store, folder: Path, study: str, own: Mapping[str, bytes]) -> Literal["here", "there", "equal"]:
-    """Which side of a study is ahead, by the files that only grow."""
-    sides = {_ahead(folder / name, data) for name, data in own.items() if grows(name)} - {"equal"}
+def _newer(
+    store: Store, folder: Path, study: str, own: Mapping[str, bytes], index: Index
+) -> Literal["here", "there", "equal"]:
+    """Which side of a study is ahead, by the files that only grow; half of an upload, as it came, says nothing."""
+    asked = [n for n in own if grows(n) and not (index.is_half(n) and index.is_here(n, folder / n))]
+    sides = {_ahead(folder / name, own[name]) for name in asked} - {"equal"}
     if len(sides) > 1 or "fork" in sides:
         raise UserError(
             f"{study} went on both in {store.uri} and in {folder / study}, from one state to two: move the latter away "
@@ -195,24 +229,20 @@ def _is_wanted(name: str, path: Path, index: Index, newer: str) -> bool:
     return index.is_here(name, path)
 
 
-def _without_strangers(study: str, found: Mapping[str, bytes], say: Callable[[str], None]) -> dict[str, bytes]:
-    """Without the rows of trials that the journal, brought down with them, does not know: they are run again."""
-    rows, journal = found.get(f"{study}/{ROWS}"), found.get(f"{study}/{JOURNAL}")
+def _without_strangers(study: str, own: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Without the rows of trials that the journal, read with them, does not know."""
+    rows, journal = own.get(f"{study}/{ROWS}"), own.get(f"{study}/{JOURNAL}")
     if rows is None or journal is None:
-        return dict(found)
-    lines = whole_lines(rows).splitlines(keepends=True)
-    known = [line for line in lines if _is_known(line, journal)]
-    if len(known) < len(lines):
-        say(f"{study}: {len(lines) - len(known)} trials were uploaded in part only, and are run again.")
-    return {**found, f"{study}/{ROWS}": b"".join(known)}
+        return dict(own)
+    return {**own, f"{study}/{ROWS}": b"".join(line for line in rows.splitlines(True) if _is_known(line, journal))}
 
 
 def _is_known(line: bytes, journal: bytes) -> bool:
     try:
         row = json.loads(line)
-    except ValueError:  # whoever reads the rows refuses it, with its number
+    except (ValueError, RecursionError):  # whoever reads the rows refuses it, with its number
         return True
-    return row.get("kind") != "search" or json.dumps(row.get("uid")).encode() in journal
+    return not isinstance(row, dict) or row.get("kind") != "search" or json.dumps(row.get("uid")).encode() in journal
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -235,7 +265,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def changed(folder: Path, index: Index) -> list[str]:
     """The names of what is not on the store as it is here, in the order in which it is to be uploaded."""
-    return sorted((n for n, path in files(folder) if not index.is_here(n, path)), key=_rank)
+    return sorted((n for n, path in files(folder) if index.is_half(n) or not index.is_here(n, path)), key=_rank)
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -251,6 +281,9 @@ def send(store: Store, folder: Path, index: Index, before_each: Callable[[], Non
     """
     names = changed(folder, index)
     journals = {name: _taken(folder / name) for name in names if _rank(name)[0] == 2}  # before any rows are read
+    beside = {f"{name.removesuffix(JOURNAL)}{ROWS}" for name in journals}  # may have changed just now
+    new = {name for name in beside if (folder / name).exists() and not index.is_here(name, folder / name)}
+    names = sorted({*names, *new}, key=_rank)
     try:
         for name in names:
             before_each()
@@ -258,6 +291,8 @@ def send(store: Store, folder: Path, index: Index, before_each: Callable[[], Non
             if data is not None:
                 if grows(name):
                     _check_goes_on(store, name, data, index)
+                if index.is_half(name):  # who was at it may have uploaded its journal since
+                    _check_goes_on(store, *_journal_beside(folder, name), index)
                 store.put(name, data)
                 index.note(name, store.version(name), here)
         for name in _done_with(folder, index):
@@ -285,6 +320,11 @@ def _taken(path: Path) -> tuple[list[int], bytes | None]:
     except FileNotFoundError:
         return here, None
     return here, whole_lines(data) if path.name in _GROW else data
+
+
+def _journal_beside(folder: Path, rows: str) -> tuple[str, bytes]:
+    name = f"{rows.removesuffix(ROWS)}{JOURNAL}"
+    return name, _taken(folder / name)[1] or b""
 
 
 def _done_with(folder: Path, index: Index) -> Iterable[str]:

@@ -83,7 +83,7 @@ def read_filed(found: Found) -> Filed:
             "files": _files(found.folder, book),
         }
         return _search(found, common) if found.kind == "search" else _plan(found, config, common)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, StopIteration) as error:
         raise UserError(f"{found.folder} is damaged ({type(error).__name__}: {error}); restore its files.") from error
 
 
@@ -130,17 +130,21 @@ def _plan(found: Found, config: Mapping[str, Any], common: Mapping[str, Any]) ->
     path = found.folder / "summary.json"
     try:
         summary = json.loads(path.read_text()) if path.exists() else None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); the study's own command writes it anew.") from error
     known: dict[str, Any] = {}
     if summary is not None:
         curves = headlines.curves(summary) if found.kind == "robustness" else {}
         known = {
             "metrics": _named(_HEADLINES[found.kind](summary)),
-            "curves": {metric_name(name): points for name, points in curves.items()},
+            "curves": {metric_name(name): kept for name, points in curves.items() if (kept := _at_levels(points))},
             "complete": summary["complete"],
         }
     return Filed(**common, config=config, rows=_rows(found.folder / "rows.jsonl"), **known)
+
+
+def _at_levels(points: Mapping[float, float]) -> dict[float, float]:
+    return {level: float(value) for level, value in points.items() if math.isfinite(level) and math.isfinite(value)}
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -20,6 +20,9 @@ _EXPONENT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+$")
 #: More values than any file here has, aliases counted as often as they stand: a few lines of them can mean billions.
 _MOST_VALUES = 1_000_000
 
+#: A whole number of more fits no float; and one of thousands of digits, as 0xfff… may have, Python does not write.
+_MOST_BITS = 1024
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, but a key is text as it is written, once; 1e-5 is a number; no tags, and no dates."""
@@ -96,6 +99,8 @@ def _count(value: Any, known: dict[int, int]) -> int:
     """How many values there are in it, aliases written out; ValueError for one that holds itself, or is no text."""
     if isinstance(value, str) and not is_text(value):
         raise ValueError("half of a character ('\\ud800' to '\\udfff') stands alone")
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError("a whole number has more than 308 digits")
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:

@@ -19,18 +19,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Self
 
 from bench.config import UserError
-from bench.copies import OWN, Index, bring, changed, send, sweep
+from bench.copies import OWN, Index, Use, bring, changed, send, sweep
 from bench.lease import Lease, TakenError
 from bench.objects import Store, remove_discarded
 from bench.uploads import tell
 
 Say = Callable[[str], None]
-
-#: reads: what is there is brought down. writes: and what changes is uploaded. shows: the pages are wanted, too.
-Use = Literal["reads", "shows", "writes"]
 
 #: Seconds between two looks at what changed.
 BEAT = 3.0
@@ -132,7 +129,7 @@ class Mirror:
         if writes:
             self._lease.take()
         try:
-            bring(self._store, self.folder, self._index, pages=self._use == "shows", say=self.say)
+            bring(self._store, self.folder, self._index, use=self._use, say=self.say)
             if writes:
                 sweep(self._store)
         except BaseException:

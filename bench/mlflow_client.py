@@ -164,7 +164,12 @@ class Client:
 
     def write_file(self, run_id: str, path: Path) -> None:
         """Copy a file, or a folder, to the artifacts; one that is there already is replaced."""
-        if path.is_dir():
-            self._client.log_artifacts(run_id, str(path), path.name)
-        else:
-            self._client.log_artifact(run_id, str(path))
+        try:
+            if path.is_dir():
+                self._client.log_artifacts(run_id, str(path), path.name)
+            else:
+                self._client.log_artifact(run_id, str(path))
+        except FileNotFoundError:  # what was to be copied is gone
+            raise
+        except OSError as error:  # full, or not permitted: where they are kept, or the network to it
+            raise UnreachableError(_brief(error)) from error

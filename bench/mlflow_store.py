@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ RUN_STATUS = {
     "failed": "FAILED",
     "interrupted": "KILLED",
 }
+
+#: A run that stands for what another one, whose id this is, stands for: the answer was lost when it was made.
+DUPLICATE = "bench.duplicate"
 
 #: When a driver last began with a study, or with a run of it: milliseconds, as the operation says.
 BEGUN = "bench.begun"
@@ -48,6 +52,12 @@ def _older(operation: Operation, begun: int) -> bool:
 def _is_known(operation: Operation, timestamp: int) -> bool:
     """Whether a point of this time is this operation's own, or of a driver after the one that left it."""
     return operation["time"] == timestamp or _older(operation, timestamp)
+
+
+def _emptiness(run: Any) -> tuple[bool, bool, int, int]:
+    """Rises, of several runs that stand for one, from what was written to."""
+    over = run.info.status in ("FINISHED", "FAILED")
+    return DUPLICATE in run.data.tags, not over, -len(run.data.metrics), -len(run.data.params)
 
 
 @dataclass(kw_only=True)
@@ -93,7 +103,7 @@ class Store:
     def __init__(self, uri: str, artifacts: Path | None, experiment: str, lock: Path | None = None) -> None:
         self.parents: dict[str, str] = {}
         self._client = Client(uri, artifacts, experiment)
-        self._lock = lock  # a file that the drivers of a study share
+        self._lock = lock  # a file that all share who write studies of these results
         self._studies: dict[tuple[str, str], _Study] = {}
 
     @property
@@ -137,29 +147,40 @@ class Store:
             parents = self._client.search(" AND ".join(f"tags.`{key}` = '{value}'" for key, value in same))
             if not parents:
                 return None
-            self._remember(operation, parents[0].info.run_id, _begun(parents[0]))
+            parent = self._one_of(parents)
+            self._remember(operation, parent.info.run_id, _begun(parent))
         return self._studies[name, identity]
 
     def _remember(self, operation: Operation, parent: str, begun: int) -> _Study:
-        runs: dict[str, _Run] = {}
+        same: dict[str, list[Any]] = {}
         for run in self._client.search(f"tags.`mlflow.parentRunId` = '{parent}'"):
-            runs.setdefault(run.data.tags["bench.uid"], _known(run))
+            same.setdefault(run.data.tags["bench.uid"], []).append(run)
+        runs = {uid: _known(self._one_of(found)) for uid, found in same.items()}
         self.parents[operation["study"]] = parent
         study = _Study(parent=parent, runs=runs, begun=begun)
         self._studies[operation["study"], operation["identity"]] = study
         return study
 
+    def _one_of(self, same: Sequence[Any]) -> Any:
+        """Of the runs that stand for one the fullest, or oldest; the others are ended."""
+        kept, *others = sorted(same, key=_emptiness)
+        for run in others:
+            if run.info.status == "RUNNING" or DUPLICATE not in run.data.tags:
+                self._client.write_tags(run.info.run_id, {DUPLICATE: kept.info.run_id, "bench.status": "interrupted"})
+                self._client.end(run.info.run_id, "KILLED", int(time.time() * 1000))
+        return kept
+
     @contextlib.contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Two drivers that look for a study's run at once would both make one."""
-        assert self._lock is not None, "a shared study has a lock"
-        try:
-            self._lock.parent.mkdir(parents=True, exist_ok=True)
-            file = self._lock.open("w")
-        except OSError as error:
-            raise UnreachableError(str(error)) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def _apart(self, operation: Operation) -> Iterator[None]:
+        """Two processes that look for a study's run at once would both make one."""
+        with contextlib.ExitStack() as held:
+            try:
+                if self._lock is not None:
+                    self._lock.parent.mkdir(parents=True, exist_ok=True)
+                    fcntl.flock(held.enter_context(self._lock.open("w")), fcntl.LOCK_EX)
+            except OSError as error:
+                if operation.get("shared"):  # who is alone, as most are, need not wait until there is room
+                    raise UnreachableError(str(error)) from error
             yield
 
     def _known_study(self, operation: Operation) -> _Study:
@@ -181,8 +202,8 @@ class Store:
         uid = operation["uid"]
         if uid not in study.runs and (operation.get("shared") or not study.made):
             same = f"tags.`mlflow.parentRunId` = '{study.parent}' AND tags.`bench.uid` = '{uid}'"
-            for run in self._client.search(same)[:1]:
-                study.runs[uid] = _known(run)
+            if found := self._client.search(same):
+                study.runs[uid] = _known(self._one_of(found))
         elif uid in study.runs and operation.get("taken"):
             self._refresh(study.runs[uid])
         return study.runs.get(uid)
@@ -230,7 +251,7 @@ class Store:
     def begin(self, operation: Operation) -> None:
         """Find or make the parent run; end the children that a dead driver left running."""
         tags = {**operation["tags"], BEGUN: str(operation["time"])}
-        with self._apart() if operation.get("shared") else contextlib.nullcontext():
+        with self._apart(operation):
             study = self._begun_with(operation, tags)
         if _older(operation, study.begun):
             return

@@ -42,6 +42,7 @@ _MEANINGS: tuple[tuple[str, str, bool], ...] = (
     (r"unrecognized filesystem|protocol not known|relative|missing bucket|invalid uri", f"write {_SCHEMES}", False),
     (r"\binstall\b|no module named|libjvm|libhdfs", "install what it names, or use another store", False),
     (r"no_?such_?bucket|bucket does not exist|bucket .*not found", "make the bucket first, or correct its name", False),
+    (r"no space|\berrno 2[78]\b|quota|read-only", "make room there, or have it permitted to write", True),
     (
         r"access[_ ]?denied|forbidden|credential|signature|invalid_?access_?key|unauthori[sz]ed|unauthenticated|"
         r"permission|\b40[13]\b",
@@ -123,10 +124,16 @@ class Store:
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             whole = filesystem.type_name in _WHOLE_OR_NOT_THERE
             target = path if whole else f"{path}.{secrets.token_hex(4)}.part"
-            with filesystem.open_output_stream(target, compression=None) as file:
-                file.write(data)
-            if not whole:
-                filesystem.move(target, path)
+            try:
+                with filesystem.open_output_stream(target, compression=None) as file:
+                    file.write(data)
+                if not whole:
+                    filesystem.move(target, path)
+            except Exception:
+                if not whole:
+                    with suppress(Exception):  # then it is swept, when the next run begins
+                        filesystem.delete_file(target)
+                raise
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing if it is not there."""

@@ -85,12 +85,14 @@ def _head(descriptor: int) -> tuple[dict[str, Any], int, int]:
     line, newline, _ = start.partition(b"\n")
     try:
         head = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         head = None
     if not (newline and isinstance(head, dict) and isinstance(head.get("delivered"), int)):
         return {}, 0, 0
+    if not all(isinstance(head.get(name), str | None) for name in ("store", "study")):
+        return {}, 0, 0
     first, begin = len(line) + 1, head["delivered"]
-    whole = begin >= first and os.pread(descriptor, 1, begin - 1) == b"\n"
+    whole = first <= begin <= os.fstat(descriptor).st_size and os.pread(descriptor, 1, begin - 1) == b"\n"
     return head, first, begin if whole else first
 
 
@@ -248,7 +250,7 @@ class Spool:
         """File an operation that will never be taken, with the reason."""
         try:
             operation = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             operation = line.decode(errors="replace")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / REJECTED

@@ -32,6 +32,9 @@ PATIENCE = 8.0
 #: How the store under the results is called where others are.
 EMBEDDED = "the embedded store"
 
+#: So many damaged rows of a study are named.
+_NAMED = 3
+
 LEFT_ALONE = "left to its driver, which is at work"
 
 
@@ -116,7 +119,7 @@ class _Sync:
 
     def __init__(self, results: Path, uri: str, artifacts: Path | None, lying: Iterable[Left], say: Say) -> None:
         self._results, self._uri = results, uri
-        self._store = Store(uri, artifacts, "bench", results / "spool" / "begin.lock")
+        self._store = Store(uri, artifacts, "bench", results / "mlflow.lock")
         self._named = {left.study for left in lying}
         self._living = {left.study for left in lying if left.held}
         self._delivered = Counter[str]()
@@ -188,19 +191,20 @@ class _Sync:
         lack = _compare(filed, seen)
         if not lack.words():
             return Synced(study=filed.name, agrees=True)
-        self._record(filed, seen, lack)
+        unusable = self._record(filed, seen, lack)
         self._drain()
         still = _compare(filed, self._look(filed)).words()
         return Synced(
             study=filed.name,
-            recorded=len(lack.rows),
+            recorded=len(lack.rows) - len(unusable),
             ended=len(lack.running) + (lack.open and seen is not None),
-            agrees=not still,
-            note=", ".join(still),
+            agrees=not (still or unusable),
+            note="; ".join([", ".join(still), *unusable[:_NAMED]]),
         )
 
-    def _record(self, filed: Filed, seen: Seen | None, lack: _Lack) -> None:
-        """What is lacking, as the study's driver would have told it."""
+    def _record(self, filed: Filed, seen: Seen | None, lack: _Lack) -> list[str]:
+        """What is lacking, as the study's driver would have told it; a line for each row that is of no use."""
+        unusable: list[str] = []
         tracker = Tracker(self._store, self._delivery, self._uri)
         # who ran it has said with what revision; we have not run it
         revision = filed.rows[-1]["provenance"].get("git_revision") if seen is None and filed.rows else None
@@ -211,13 +215,17 @@ class _Sync:
             if filed.dataset is not None:
                 tracker.dataset(*filed.dataset)
             for row in lack.rows:
-                tracker.record(row["uid"], row["kind"], row)
+                try:
+                    tracker.record(row["uid"], row["kind"], row)
+                except UserError as error:
+                    unusable.append(f"the row of {row['uid']} is damaged ({error})")
             tracker.headline(filed.metrics)
             for name, points in filed.curves.items():
                 tracker.curve(name, points)
             tracker.artifacts(lack.files)
         finally:
             tracker.end(_status(filed, seen))
+        return unusable
 
 
 def _status(filed: Filed, seen: Seen | None) -> Literal["FINISHED", "FAILED", "KILLED"]:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from bench.config import UserError
+from bench.config import one_line
 from bench.objects import PATIENCE, ObjectFile
 
 
@@ -52,11 +52,12 @@ class Uploads:
                 what, data = self._waiting.pop(file)
             try:
                 file.store.put(file.name, data)
-            except UserError as error:
-                self._say(f"{what} is not saved: {error}")
-            with self._changed:
-                self._under_way = None
-                self._changed.notify_all()
+            except Exception as error:  # noqa: BLE001  (said: what comes after must be uploaded, whatever this met)
+                self._say(f"{what} is not saved: {one_line(str(error) or type(error).__name__)}")
+            finally:
+                with self._changed:
+                    self._under_way = None
+                    self._changed.notify_all()
 
 
 UPLOADS = Uploads()

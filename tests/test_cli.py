@@ -46,6 +46,7 @@ SEARCH = ["search", "--rule", "symmetric", "--arch", "resnet20"]
         ([*SEARCH, "--set", "epochs=3"], "not part of the recipe"),
         ([*SEARCH, "--name", "../up"], "--name"),
         ([*SEARCH, "--name", "controls"], "--name"),
+        ([*SEARCH, "--name", "mlartifacts"], "--name"),
         ([*SEARCH, "--device", "tpu9"], "cannot be used here"),
         ([*SEARCH, "--tracking-uri", "ftp://x"], "unknown scheme"),
         ([*SEARCH, "--data-dir", "nowhere", "--dataset", "fashion-mnist"], "nowhere"),

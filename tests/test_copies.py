@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.config import UserError
-from bench.copies import Index, belongs, bring, changed, send, sweep, whole_lines
+from bench.copies import Index, Use, belongs, bring, changed, files, send, sweep, whole_lines
 from bench.lease import TakenError
 from bench.objects import AwayError, Store
+from bench.spool import Spool
+from bench.stores import embedded, key
 from flaky_store import Flaky, away
 
 STORE = Store("fsspec+flaky://lab/x")
@@ -33,8 +35,8 @@ class Machine:
         self.folder, self.index = folder, Index(folder)
         self.said: list[str] = []
 
-    def bring(self, pages: bool = False) -> None:
-        bring(STORE, self.folder, self.index, pages=pages, say=self.said.append)
+    def bring(self, use: Use = "writes") -> None:
+        bring(STORE, self.folder, self.index, use=use, say=self.said.append)
 
     def send(self) -> int:
         return send(STORE, self.folder, self.index, lambda: None)
@@ -93,6 +95,8 @@ def b(tmp_path: Path) -> Machine:
         ("s/.best.yaml.1a.tmp", False),
         ("s/checkpoints/s-0001.pt", False),
         ("s/networks/s-1.pt", False),
+        *((f"{study}/rows.jsonl", True) for study in ("networks", "checkpoints", "drivers", "lock", "ray.log")),
+        ("networks/networks/s-1.pt", False),
         ("spool/spool-k-1.new", False),
         ("mlartifacts/1/a/rows.jsonl", False),
         ("mlflow.db", False),
@@ -100,8 +104,23 @@ def b(tmp_path: Path) -> Machine:
         (".lease", False),
     ],
 )
-def test_what_belongs_on_the_store(name: str, kept: bool) -> None:
+def test_what_belongs_on_the_store(tmp_path: Path, name: str, kept: bool) -> None:
     assert belongs(name) is kept
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    assert [found for found, _ in files(tmp_path)] == [name] * kept
+
+
+def test_what_is_on_its_way_to_the_embedded_mlflow_stays_with_it(a: Machine) -> None:
+    """Another machine's has no run of it, and would refuse every operation for good."""
+    for uri in (embedded(a.folder)[0], "http://127.0.0.1:1"):
+        file = Spool(a.folder / "spool", key(uri, a.folder), uri).create("s")
+        file.append(b"{}")
+        file.close()
+    a.send()
+    assert len(list((a.folder / "spool").iterdir())) == 2
+    (there,) = STORE.listing()
+    assert key("http://127.0.0.1:1", a.folder) in there
 
 
 def test_another_machine_goes_on_and_the_first_follows(a: Machine, b: Machine) -> None:
@@ -116,7 +135,7 @@ def test_another_machine_goes_on_and_the_first_follows(a: Machine, b: Machine) -
     b.trial(1)
     b.write("s/study.yaml", "trials: 2")
     assert b.send() == 3
-    a.bring(pages=True)
+    a.bring("shows")
     assert a.files() == {**b.files(), "s/report.html": "a page"}
     assert a.uids() == ["s-0000", "s-0001"]
     assert a.said == b.said == []
@@ -237,6 +256,99 @@ def test_a_kill_between_any_two_uploads_leaves_a_state_to_go_on_from(a: Machine,
     again.send()
     assert again.uids() == ["s-0000", "s-0001"]
     assert STORE.read("s/journal.log").decode() == a.files()["s/journal.log"]
+
+
+def test_a_row_that_is_written_while_it_is_asked_what_changed_comes_before_its_journal(a: Machine, b: Machine) -> None:
+    class Asked(Index):
+        def is_here(self, name: str, path: Path) -> bool:
+            answer = super().is_here(name, path)
+            if name == "s/rows.jsonl" and len(a.uids()) == 1:
+                a.append("rows.jsonl", {"uid": "s-0001", "kind": "search"})
+                a.append("journal.log", {"tell": 1})
+            return answer
+
+    a.trial(0)
+    a.send()
+    a.trial(1, row=False)
+    a.index = Asked(a.folder)
+    a.send()
+    b.bring()
+    assert '{"tell": 1}' in b.files()["s/journal.log"]
+    assert b.uids() == ["s-0000", "s-0001"]
+
+
+def stopped_between_rows_and_journal(a: Machine, *numbers: int) -> None:
+    """A has uploaded the rows of these further trials, and not the journal; it lives."""
+    for number in numbers:
+        a.trial(number)
+
+    def away_now(what: str, path: str) -> None:
+        if what == "move" and path.endswith("journal.log"):
+            away(what, path)
+
+    Flaky.fault = staticmethod(away_now)
+    with pytest.raises(AwayError):
+        a.send()
+    Flaky.fault = None
+
+
+@pytest.mark.parametrize("use", ["reads", "writes"])
+def test_a_row_that_came_before_its_journal_is_there_when_that_has_come(a: Machine, b: Machine, use: Use) -> None:
+    a.trial(0)
+    a.send()
+    stopped_between_rows_and_journal(a, 1)
+    b.bring(use)
+    assert b.uids() == (["s-0000", "s-0001"] if use == "reads" else ["s-0000"])
+    assert b.said == ([] if use == "reads" else ["s: 1 trials were uploaded in part only, and are run again."])
+    assert a.send() == 1  # the journal
+    with pytest.raises(TakenError):  # nothing is overwritten by what B has
+        b.send()
+    assert b"s-0001" in STORE.read("s/rows.jsonl")
+    again = Machine(b.folder)
+    again.bring()
+    again.trial(2)
+    again.send()
+    assert [json.loads(line)["uid"] for line in STORE.read("s/rows.jsonl").splitlines()] == [
+        f"s-{n:04d}" for n in range(3)
+    ]
+    assert again.files() == {name: STORE.read(name).decode() for name in again.files()}
+
+
+def test_what_came_in_part_is_known_without_an_index_too(a: Machine, b: Machine) -> None:
+    a.trial(0)
+    a.send()
+    stopped_between_rows_and_journal(a, 1)
+    b.bring("reads")
+    (b.folder / ".mirror" / "index.json").unlink()
+    again = Machine(b.folder)
+    again.bring()
+    assert again.uids() == ["s-0000"]
+
+
+@pytest.mark.parametrize("first", ["reads", "writes"])
+@pytest.mark.parametrize("been_there", [True, False])
+def test_what_came_in_part_is_run_again_by_who_goes_on(a: Machine, b: Machine, first: Use, been_there: bool) -> None:
+    """Also a row before the last: ``s-0001`` ended while the journal was uploaded that knows s-0002 alone."""
+    a.trial(0)
+    a.append("journal.log", {"ask": {"uid": "s-0002"}})
+    a.send()
+    if been_there:
+        b.bring(first)
+    stopped_between_rows_and_journal(a, 1, 2)
+    for use in (first, first, "reads", "writes"):
+        b = Machine(b.folder)
+        b.bring(use)
+    assert b.uids() == ["s-0000", "s-0002"]
+    assert set(b.said) == {"s: 1 trials were uploaded in part only, and are run again."}
+    b.trial(1)
+    b.send()
+    c = Machine(b.folder.parent / "c")
+    c.bring()
+    assert c.uids() == ["s-0000", "s-0002", "s-0001"]
+    assert c.said == []
+    with pytest.raises(UserError, match="went on both"):
+        a.bring()
+    assert a.uids() == ["s-0000", "s-0001", "s-0002"]
 
 
 def test_a_row_that_is_written_while_the_journal_is_uploaded_comes_with_the_next(a: Machine, b: Machine) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bench import files
 from bench.config import UserError
-from bench.files import read_yaml, write_atomic, write_yaml
+from bench.files import parse_scalar, read_yaml, write_atomic, write_yaml
 
 SCALARS = (
     st.none()
@@ -103,6 +103,15 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "0b1" + "0" * 1024, "1" + "0" * 400])
+def test_a_number_that_is_too_long_for_any_float_is_refused_in_one_line(tmp_path: Path, number: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"lr: [0.1, {number}]\n")
+    with pytest.raises(UserError, match="more than 308 digits"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match=r"^lr=.*: not a value"):
+        parse_scalar("lr", number)
 
 
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.check import Check
 from bench.config import StudyConfig
+from bench.filed import read_filed
 from bench.files import write_yaml
 from bench.journal import claimed
 from bench.leftovers import check_leftovers
+from bench.reading import find
 from bench.rows import RowFile, row
 from bench.space import load_space
 from bench.spool import Spool
@@ -45,6 +48,54 @@ def found(results: Path) -> dict[str, Check]:
     checks = check_leftovers(results)
     assert all(bool(check.remedy) == (check.status != "ok") for check in checks)
     return {check.name: check for check in checks}
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("head", [DEEP, '{"store": [], "study": "s", "delivered": 3}', '{"study": {}, "delivered": 3}'])
+def test_a_spool_file_with_a_damaged_first_line_is_counted(tmp_path: Path, head: str) -> None:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "spool-key-1.jsonl").write_text(f"{head}\n{{}}\n")
+    assert "2 operations for an unnamed store" in found(tmp_path)["spool"].detail
+
+
+def test_a_spool_file_whose_first_line_tells_a_place_beyond_its_end_is_delivered_whole(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "spool-key-1.jsonl").write_text(f'{{"delivered": 1{"0" * 400}}}\n{{}}\n')
+    assert "1 operations for an unnamed store" in found(tmp_path)["spool"].detail
+
+
+def measurement(results: Path, rules: dict[str, Any], summary: str) -> Path:
+    """The folder of a measurement of robustness, with this text as its summary."""
+    config = {"name": "m", "rules": rules, "sites": ["weight"]}
+    write_yaml(results / "m" / "robustness.yaml", {"id": "m", "runs_on": "cpu x", "config": config})
+    (results / "m" / "summary.json").write_text(summary)
+    return results / "m"
+
+
+RULES = {"mirror": {"arch": "lenet", "dataset": "digits"}}
+#: So many digits as no number of the machine has.
+SITE = """{"complete": true, "sites": [{"site": "weight", "true_site": false, "rules": [{"rule": "mirror",
+"at_chance": 0, "clean": {"mean": 0.5}, "area": {"mean": MEAN}, "relative_area": null,
+"curve": [{"level": 0.1, "acc": {"mean": 0.4}}, {"level": Infinity, "acc": {"mean": 0.3}}]}]}]}"""
+
+
+@pytest.mark.parametrize(
+    ("rules", "summary"), [({}, "{}"), (RULES, DEEP), (RULES, SITE.replace("MEAN", "1" + "0" * 400))]
+)
+def test_a_damaged_measurement_is_one_line(tmp_path: Path, rules: dict[str, Any], summary: str) -> None:
+    folder = measurement(tmp_path, rules, summary)
+    check = found(tmp_path)["studies"]
+    assert str(folder) in check.detail
+    assert "damaged" in check.detail
+    assert "\n" not in check.detail
+
+
+def test_a_level_that_is_no_number_is_no_point_of_a_curve(tmp_path: Path) -> None:
+    measurement(tmp_path, RULES, SITE.replace("MEAN", "0.4"))
+    (study,) = find(tmp_path)
+    assert read_filed(study).curves == {"weight/mirror/test_acc": {0.0: 0.5, 0.1: 0.4}}
 
 
 def test_of_nothing_nothing_is_left(tmp_path: Path) -> None:

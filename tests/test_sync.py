@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from bench.config import StudyConfig
 from bench.delivery import UnreachableError
 from bench.files import write_yaml
 from bench.journal import claimed
+from bench.mlflow_client import Client
 from bench.mlflow_store import Store
 from bench.rows import RowFile, row
 from bench.space import load_space
@@ -289,6 +292,46 @@ def test_one_damaged_study_does_not_keep_the_others_from_it(book: Book, capsys: 
         **dict.fromkeys(("empty", "none", "text", "plan"), False),
     }
     assert all("\n" not in s["note"] for s in found["studies"])
+
+
+def test_one_damaged_row_does_not_keep_the_others_from_it(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = begin(book.results, "a", "b", "c")
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    damaged = json.loads(lines[1])
+    damaged["config"]["momentum"] = 7
+    (folder / "rows.jsonl").write_text("\n".join([lines[0], json.dumps(damaged), lines[2], ""]))
+    status, found = sync(book.results, capsys)
+    (study,) = found["studies"]
+    assert (status, study["recorded"], study["agrees"]) == (1, 2, False)
+    assert "1 rows have no run; the row of b is damaged (" in study["note"]
+    assert "momentum" in study["note"]
+    assert set(book.children(NAME)) == {"a", "c"}
+    assert book.files(book.parent(NAME)) == {"study.yaml", "rows.jsonl"}
+
+
+def test_a_parent_run_is_made_once_whoever_makes_it(
+    book: Book, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bench sync` and a driver that begins, which need no folder to themselves in a matrix, both find none."""
+    begin(book.results)
+    asked, both, create = threading.Event(), threading.Barrier(2), Client.create
+
+    def slow(client: Client, *what: Any) -> str:
+        asked.set()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1.0)
+        return create(client, *what)
+
+    monkeypatch.setattr(Client, "create", slow)
+    other = threading.Thread(target=main, args=[["sync", "--results", str(book.results)]])
+    other.start()
+    assert asked.wait(60)
+    with book.open() as tracker:
+        tell(tracker)
+        delivered(tracker)
+    other.join()
+    capsys.readouterr()
+    assert len(book.runs("tags.`bench.kind` = 'study' AND tags.`bench.study` = '" + NAME + "'")) == 1
 
 
 def test_bad_input_and_a_store_that_is_away(book: Book, capsys: pytest.CaptureFixture[str]) -> None:

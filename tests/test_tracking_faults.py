@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,52 @@ def test_after_the_driver_was_killed_nothing_stays_running(book: Book, name: str
     for uid in ("goes-on", "filed"):
         assert book.points(children[uid], "val_acc") == [(1, 0.6), (2, 0.7)]
     assert book.parent(name).info.status == "FINISHED"
+
+
+def test_what_was_made_twice_because_an_answer_was_lost_is_ended(book: Book, name: str) -> None:
+    """The server took it after all, later than it was asked for again; here as the older of the two."""
+    with book.open() as tracker:
+        tracker.study(name, config={"a": 1})
+        for uid in ("goes-on", "over"):
+            tracker.start(uid, "search", CONFIG)
+            tracker.report(uid, 1, epochs(1)[0])
+        tracker.finish("over", finished(2))
+        delivered(tracker)
+        kept = [book.parent(name), *book.children(name).values()]
+        for run in kept:
+            tags = {key: value for key, value in run.data.tags.items() if key not in ("bench.status", "mlflow.user")}
+            book.client().create_run(run.info.experiment_id, run.info.start_time - 1000, tags, run.info.run_name)
+        with book.open() as other:
+            other.study(name, config={"a": 1}, live=["goes-on"])
+            delivered(other)
+            other.end(None)
+        tracker.finish("goes-on", finished(2))
+        delivered(tracker)
+    found = book.runs(f"tags.`bench.study` = '{name}'")
+    again = [run for run in found if "bench.duplicate" in run.data.tags]
+    assert {run.data.tags["bench.duplicate"] for run in again} == {run.info.run_id for run in kept}
+    assert [run.info.status for run in again] == ["KILLED"] * 3
+    assert {run.info.run_id: run.info.status for run in found if run not in again} == {
+        run.info.run_id: "FINISHED" for run in kept
+    }
+
+
+def test_a_place_for_artifacts_that_cannot_be_written_is_waited_for(book: Book, name: str, tmp_path: Path) -> None:
+    (tmp_path / "best.yaml").write_text("rule: mirror\n")
+    with book.open() as tracker:
+        tracker.study(name, config={})
+        delivered(tracker)
+        place = book.artifacts / book.parent(name).info.run_id
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("a file, where its folder is to be made")
+        tracker.artifacts([tmp_path / "best.yaml"])
+        while not book.said:
+            time.sleep(0.01)
+        assert "does not answer" in book.said[0]
+        place.unlink()
+        delivered(tracker)
+    assert book.files(book.parent(name)) == {"best.yaml"}
+    assert not (book.results / "spool" / "rejected.jsonl").exists()
 
 
 def test_an_exception_ends_open_runs(book: Book, name: str) -> None:

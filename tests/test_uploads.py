@@ -62,6 +62,23 @@ def test_what_is_not_taken_is_said_and_the_next_is_tried(said: list[str]) -> Non
     assert len(said) == 1
 
 
+def test_an_error_of_another_kind_is_said_and_the_next_is_tried(said: list[str]) -> None:
+    def gone(what: str, path: str) -> None:
+        raise FileNotFoundError(f"no folder\n{path} ({what})")
+
+    uploads = Uploads(said.append)
+    Flaky.fault = staticmethod(gone)
+    uploads.put(FILE, "epoch 1 of this run", b"1")
+    assert uploads.settle(FILE)
+    assert len(said) == 1
+    assert said[0].startswith("epoch 1 of this run is not saved: ")
+    assert "\n" not in said[0]
+    Flaky.fault = None
+    uploads.put(FILE, "epoch 2 of this run", b"2")
+    assert uploads.settle(FILE)
+    assert STORE.read("a.pt") == b"2"
+
+
 def test_nothing_is_waited_for_where_nothing_is_under_way(said: list[str]) -> None:
     uploads, goes_on = Uploads(said.append), threading.Event()
     held(goes_on)

@@ -39,6 +39,10 @@ _OPCODES = {
 }
 
 
+#: CIFAR's largest tuple says what an array is, in some ten values.
+_LARGEST_TUPLE = 1000
+
+
 def read_pickle(content: bytes, where: str) -> dict[bytes, Any]:
     """The dictionary in a pickle of Python 2 or 3: numbers, lists, text as bytes, arrays as `array_of` takes them.
 
@@ -60,11 +64,47 @@ def read_pickle(content: bytes, where: str) -> dict[bytes, Any]:
 
 def _look_through(content: bytes) -> None:
     """UserError for an instruction that CIFAR has no need of; ValueError for lengths and places beyond the file."""
+    sizes = _Sizes()
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in _OPCODES:
             raise UserError(f"does {opcode.name}, which no CIFAR does: it may be meant to do harm; delete it.")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(content):
             raise ValueError("it asks for more memory than it can use")  # of gigabytes, in six bytes
+        sizes.follow(opcode, argument)
+
+
+class _Sizes:
+    """What lies on a pickle's stack, each by its size: of a tuple how many values it holds, tuples in it written out.
+
+    Whatever reads a key reads all of it: of tuples of tuples, too many for Python's stack, or for anybody's time.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[int | None] = []  # None: a mark
+        self._memo: dict[int, int | None] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """As an instruction changes it. ValueError for a tuple that is too large; IndexError, KeyError for nonsense."""
+        if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
+            self._memo[len(self._memo) if argument is None else int(argument)] = self._stack[-1]
+        elif opcode.name.endswith("GET"):
+            self._stack.append(self._memo[int(argument)])
+        elif opcode.name == "MARK":
+            self._stack.append(None)
+        else:
+            taken = self._take(opcode.stack_before)
+            size = 1 + sum(each or 0 for each in taken) if "TUPLE" in opcode.name else 1
+            if size > _LARGEST_TUPLE:
+                raise ValueError("it has a larger tuple than it can need")
+            self._stack += [size] * len(opcode.stack_after)
+
+    def _take(self, before: list[pickletools.StackObject]) -> list[int | None]:
+        taken = []
+        if pickletools.markobject in before:
+            before = before[: before.index(pickletools.markobject)]
+            while (top := self._stack.pop()) is not None:
+                taken.append(top)
+        return taken + [self._stack.pop() for _ in before]
 
 
 def array_of(value: Any, width: int, where: str) -> Pixels:

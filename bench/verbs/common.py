@@ -17,7 +17,8 @@ from bench.files import parse_scalar
 from bench.objects import is_uri
 
 if TYPE_CHECKING:
-    from bench.mirror import Mirror, Use
+    from bench.copies import Use
+    from bench.mirror import Mirror
     from bench.place import Options
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ LEAST_ROOM = 2**16
 LONGEST_NAME = 100
 
 #: Folders under the results that are no study's.
-KEPT_FOLDERS = ("controls", "published", "spool", "train")
+KEPT_FOLDERS = ("controls", "mlartifacts", "published", "spool", "train")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
