@@ -116,11 +116,14 @@ class FeedbackLearner:
     def _set_gradients(self, active: list[AsymmetricLayer]) -> None:
         pairs = [(layer, layer.feedback) for layer in active if layer.feedback is not None]
         means = self._activity_means(active)
-        grads = [means.get(id(layer), None) for layer, _ in pairs]
-        filled = [torch.zeros_like(B) if g is None else g for g, (_, B) in zip(grads, pairs, strict=True)]
         state = active[0].state  # one rule and one set of coefficients for the network
-        if decay := state.coefficients.get("decay"):
-            torch._foreach_add_(filled, [B for _, B in pairs], alpha=decay)
+        decay = state.coefficients.get("decay", 0.0)
+        if not means and decay:  # one pass over B, where adding to zeros would take three
+            filled = list(torch._foreach_mul([B.detach() for _, B in pairs], decay))
+        else:
+            filled = [means[id(layer)] if id(layer) in means else torch.zeros_like(B) for layer, B in pairs]
+            if decay:
+                torch._foreach_add_(filled, [B for _, B in pairs], alpha=decay)
         if pull := state.coefficients.get("self"):
             torch._foreach_add_(filled, [layer.weight for layer, _ in pairs], alpha=-pull)
         if state.rule.task_gradient:
