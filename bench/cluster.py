@@ -68,6 +68,11 @@ class Needs:
         """Ray's resources of a trial; one of several workers has next to nothing beside them, but not nothing."""
         return {"cpu": cpus, "gpu": floor(self.gpus)} if self.workers == 1 else {"cpu": 0, "memory": 1}
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether two workers may be on one GPU."""
+        return 0 < self.gpus / self.workers <= 0.5
+
     def check(self) -> None:
         """UserError for what cannot be."""
         if self.concurrent is not None and self.concurrent < 1:
@@ -76,6 +81,9 @@ class Needs:
             raise UserError(f"cpus_per_trial must be above 0, not {self.cpus}.")
         if self.gpus < 0:
             raise UserError(f"gpus_per_trial must not be negative, not {self.gpus}.")
+        share = self.gpus / self.workers
+        if share > 1 and share != int(share):
+            raise UserError(f"a worker has a share of one GPU, or whole ones, not {share:g}; give --gpus-per-trial so.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.config import TrialConfig, TrialResult
+from bench.config import TrialConfig, TrialResult, one_line
 from bench.disk import find_disk_error
 
 
@@ -104,7 +104,7 @@ def failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     blame = "GPU memory" if _is_of_gpu_memory(error) else "memory" if _is_of_memory(error) else ""
     if fault := find_disk_error(error):
         blame, reason = "disk", str(fault)
-    result = TrialResult(config=config, status="failed", reason=reason)
+    result = TrialResult(config=config, status="failed", reason=one_line(reason))  # a row takes half of no character
     where = f"{type(error).__name__} {where}"
     return {"result": result.to_dict(), "where": where, "traceback": text, "blame": blame}
 

@@ -130,6 +130,20 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         share_out(Options(gpus_per_trial=0.5), "cpu")
 
 
+@pytest.mark.parametrize(("gpus", "workers", "shared"), [(0, 1, False), (0.5, 1, True), (0.6, 1, False), (1, 2, True)])
+def test_gpus_that_two_workers_may_be_on(gpus: float, workers: int, shared: bool) -> None:
+    needs = Needs(concurrent=1, cpus=1, gpus=gpus, workers=workers)
+    needs.check()
+    assert needs.shares_gpus == shared
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(1.5, 1), (2.5, 1), (3, 2)])
+def test_shares_that_ray_has_not_are_refused(gpus: float, workers: int) -> None:
+    with pytest.raises(UserError, match=r"a share of one GPU, or whole ones, not [12]\.5"):
+        Needs(concurrent=1, cpus=1, gpus=gpus, workers=workers).check()
+    Needs(concurrent=1, cpus=1, gpus=2 * workers, workers=workers).check()
+
+
 # --- what is said
 
 
