@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -287,7 +288,11 @@ def follow(log: Path, work: Callable[[Say, Watch], T], mirror: Mirror | None = N
     from bench.streams import quiet
     from bench.terminal import Progress
 
-    with quiet(log) as (_, err), Progress(err) as bar, nullcontext() if mirror is None else mirror.heard_by(bar.say):
+    with (
+        quiet(log) as (_, err),
+        Progress(err, sys.stderr) as bar,  # sys.stderr: the log
+        nullcontext() if mirror is None else mirror.heard_by(bar.say),
+    ):
 
         def watch(source: Shown) -> Callable[[], None]:
             bar.say(f"{source.name}: {source.outlook()}; Ray's log: {log}")
