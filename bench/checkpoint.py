@@ -10,6 +10,7 @@ import errno
 import glob
 import io
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -159,6 +160,18 @@ def remove_checkpoint(path: File) -> None:
     with on_disk(path):
         for file in path.parent.glob(f"{glob.escape(path.name)}*"):
             file.unlink(missing_ok=True)
+
+
+def sweep_checkpoints(folder: Path, over: Callable[[str], bool]) -> None:
+    """Remove from a study's folder of them those of runs (by uid) that are over, and what killed writers left of these.
+
+    Nobody else may be writing there.
+    """
+    with on_disk(folder):
+        for file in folder.glob("*.pt*"):
+            named = re.fullmatch(r"(.+)\.pt(\.\d+)*(\.new)?", file.name)  # UID.pt, UID.pt.1, UID.pt.PID.new
+            if named and over(named[1]):
+                file.unlink(missing_ok=True)
 
 
 def _is_history(value: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from bench.checkpoint import File, checkpoint_file, remove_checkpoint
+from bench.checkpoint import File, checkpoint_file, remove_checkpoint, sweep_checkpoints
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
 from bench.disk import DiskError
@@ -194,6 +194,18 @@ class Runs:
     def _tidy(self, uid: str) -> None:
         """Remove the checkpoints of a run that is over."""
         remove_checkpoint(self._checkpoint(uid))
+
+    def sweep(self, *, at_the_end: bool = False) -> None:
+        """Remove the checkpoints of what has a row; ``at_the_end`` all, if nothing is left to run.
+
+        A kill between a row and `_tidy` leaves one, as does a control that another search has finished; and in the end
+        the confirmation of what is no longer among the best. No other driver may be at work on this study. (Those on a
+        store are the mirror's: `bench.copies.sweep`.)
+        """
+        folder = self._place.options.kept(self.name)
+        if isinstance(folder, Path):
+            everything = at_the_end and self.complete and not self._running
+            sweep_checkpoints(folder / "checkpoints", lambda uid: everything or uid in self._done)
 
     def _file(self, kind: Kind, filed: Row) -> Row:
         """Append the row; a control that another search has filed meanwhile is that one's."""

@@ -67,7 +67,7 @@ class Progress:
     """A live display of what the function given to ``show`` returns, a few times a second and only on a terminal.
 
     As a context. ``tick`` is cheap to call; ``say`` prints a line above the display. A terminal that goes away, or a
-    pipe whose reader does, ends the display and not the work: what is said then goes to ``otherwise``, if that is given.
+    pipe whose reader does, ends the display and not the work; what is said then goes to ``otherwise``, if there is one.
     """
 
     def __init__(self, stream: TextIO, otherwise: TextIO | None = None) -> None:

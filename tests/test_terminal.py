@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.streams import quiet
 from bench.terminal import Progress, console, duration, table
 
 
