@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class Runs:
         self._done: dict[str, Row] = {}
         for file in dict.fromkeys(files.values()):
             self._done |= file.by_uid()
+        self._filed_of = Counter(known["kind"] for known in self._done.values())
         self._failed_here: set[str] = set()
         self._running: dict[str, Running] = {}
         #: whether another source of the same programme has this run under way
@@ -97,10 +99,9 @@ class Runs:
         """As `director.Source` has it."""
         raise NotImplementedError
 
-    @property
-    def filed(self) -> int:
-        """How many runs have a row."""
-        return len(self._done)
+    def filed(self, kind: Kind) -> int:
+        """How many runs of this kind have a row."""
+        return self._filed_of[kind]
 
     @property
     def running(self) -> bool:
@@ -180,6 +181,7 @@ class Runs:
             result = dataclasses.replace(result, provenance={**provenance("cpu"), "seconds": seconds})
         filed = row(uid, self.name, run.plan.kind, result)
         self._done[uid] = self._file(run.plan.kind, filed)  # the row first: what has one is never run again
+        self._filed_of[run.plan.kind] += 1
         if result.status == "failed":
             self._failed_here.add(uid)
         self._filed(uid, run, result)

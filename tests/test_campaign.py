@@ -86,6 +86,11 @@ def test_trials_then_controls_while_trials_run_then_confirmations(tmp_path: Path
         finish(source, task, 0.6)
     assert source.next() is None
     assert source.complete
+    kinds = ("search", "control", "confirm")
+    assert [source.filed(kind) for kind in kinds] == [2, 2, 1]
+    source._study.close()
+    again = campaign(tmp_path)
+    assert [again.filed(kind) for kind in kinds] == [2, 2, 1]
 
 
 def test_controls_are_run_once_for_a_recipe(tmp_path: Path) -> None:

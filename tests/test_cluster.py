@@ -175,6 +175,10 @@ def test_bench_cluster_prints_what_its_json_has(capsys: pytest.CaptureFixture[st
     assert all(command in printed for command in found.values())
     assert "can run any program as you" in printed
     assert f"--results={tmp_path}" in found["search"]
+    assert "a folder that all machines see, or a store that all of them reach" in " ".join(printed.split())
+    uri = "s3://bucket/lab?endpoint_override=h:1&scheme=http"
+    assert main([*line[:5], "--results", uri, "--json"]) == 0
+    assert f"--results={uri}" in shlex.split(json.loads(capsys.readouterr().out)["search"])
     assert main([*line[:3], "--port", "0"]) == 2
 
 

@@ -83,11 +83,12 @@ def add_results(parser: argparse.ArgumentParser, use: Use = "writes") -> None:
 def add_kept(parser: argparse.ArgumentParser, use: Use | None) -> None:
     """``--results``; with a URI the verb works in a copy of it (`at_hand`), but for ``use`` None."""
     text = "where results are kept: a folder, or a URI (s3://…; see `bench doctor --results URI`)"
-    parser.add_argument("--results", type=_folder, default=Path("results"), metavar="DIR", help=text)
+    parser.add_argument("--results", type=folder, default=Path("results"), metavar="DIR", help=text)
     parser.set_defaults(store=None, use=use, mirror=None)
 
 
-def _folder(text: str) -> Path | str:
+def folder(text: str) -> Path | str:
+    """A folder on this machine, or a URI."""
     return text if is_uri(text) else Path(text)
 
 
