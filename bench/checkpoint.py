@@ -11,7 +11,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,11 @@ def write_checkpoint(
     history: list[dict[str, float]],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    code: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the whole state, at once or not at all: a kill, or a power cut, leaves the old file or the new one.
 
+    ``code``: all that its epochs were made by, as `bench.provenance.code_of` has it.
     DiskError if the disk does not take it. To a store it is on its way when this returns; see `settle_checkpoint`.
     """
     state = {
@@ -61,6 +63,7 @@ def write_checkpoint(
         "history": history,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "code": [dict(each) for each in code],
     }
     if isinstance(path, ObjectFile):
         whole = io.BytesIO()  # in memory: a killed worker leaves no temporary files
@@ -143,6 +146,7 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it.") from error
     if missing := _KEYS - set(state if isinstance(state, dict) else ()):
         raise UserError(f"{path} is not a checkpoint of bench: it has no {', '.join(sorted(missing))}.")
+    state.setdefault("code", [])  # older releases did not say
     if wrong := [name for name, fits in _FITS.items() if not fits(state[name])]:
         raise UserError(f"{path} is not a checkpoint of bench: its {wrong[0]} is of another kind; remove it.")
     if len(state["history"]) != state["epoch"]:
@@ -183,6 +187,14 @@ def _is_history(value: Any) -> bool:
     )
 
 
+def _is_code(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and all(isinstance(name, str) and isinstance(said, str | None) for name, said in each.items())
+        for each in value
+    )
+
+
 #: What is not looked at elsewhere before it is used.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, dict),
@@ -190,6 +202,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "history": _is_history,
     "model": lambda value: isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()),
     "optimizer": lambda value: isinstance(value, dict),
+    "code": _is_code,
 }
 
 
