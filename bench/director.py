@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.disk import DiskError
+from bench.provenance import source_digest
 
 Result = TypeVar("Result")
 
@@ -148,7 +149,8 @@ class Director:
         self.live[trial_id] = live
         task = live.task
         options = {**task.options, **self._also}
-        return {"task": json.dumps({"trial": self._trial, "config": task.config.to_dict(), "options": options})}
+        said = {"trial": self._trial, "config": task.config.to_dict(), "options": options, "source": source_digest()}
+        return {"task": json.dumps(said)}
 
     def _next(self) -> _Live | None:
         if self._again:
@@ -208,12 +210,16 @@ class Director:
 
     @_guarded
     def returned(self, trial_id: str, message: dict[str, Any]) -> None:
-        """The trial function has come to its end, be it another's fault: a disk's ends the run, and not the trial."""
+        """The trial function has come to its end. What is a disk's fault, or that of code that changed, ends the run,
+        and not the trial.
+        """
         result = TrialResult.from_dict(message["result"])
         if message["traceback"]:
             self._keep(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
         if message["blame"] == "disk":
             raise DiskError(result.reason or "the disk is at fault.")
+        if message["blame"] == "code":
+            raise UserError(result.reason or "the code changed.")
         if message["blame"] == "GPU memory" and self._shares_gpus and len(self.live) > 1:
             self._thin_out(trial_id)
             return

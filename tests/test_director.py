@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from bench.config import TrialResult
-from bench.director import ALIKE_FAILURES, MAX_LOSSES, WAIT, Director, RepeatedError, Source
+import bench
+from bench.config import TrialResult, UserError
+from bench.director import ALIKE_FAILURES, MAX_LOSSES, WAIT, Director, RepeatedError, Source, Task
+from bench.provenance import source_digest
 from bench.worker import Running
 from engine_script import Script, config, task
 
@@ -176,6 +181,48 @@ def test_exception_is_a_result(work: Callable[..., Running], act: str, reason: s
     assert re.search(reason, result.reason or "")
     assert message["where"].startswith(where)
     assert message["traceback"].startswith("Traceback (most recent call last)")
+
+
+def test_a_worker_knows_the_code_that_it_began_with(tmp_path: Path) -> None:
+    """A real process, with a package of its own that is edited while it works."""
+    package = tmp_path / "bench"
+    shutil.copytree(Path(bench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    script = """
+import pathlib, sys
+from bench.worker import Running
+Running(sys.argv[1])
+with pathlib.Path("bench/models.py").open("a") as file:
+    file.write("# edited")
+from bench.provenance import provenance
+print(provenance("cpu")["source"])
+"""
+    before = source_digest(package)
+    command = [sys.executable, "-c", script, json.dumps({"trial": "m:f", "config": config().to_dict(), "options": {}})]
+    clean = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean, timeout=60, check=True)
+    assert done.stdout.strip() == before
+    source_digest.cache_clear()
+    assert source_digest(package) != before
+    source_digest.cache_clear()
+
+
+def test_a_worker_with_other_code_than_the_driver_ends_the_run_and_files_nothing(
+    direct: Callable[..., Director], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    script = Script([Task(uid=uid, config=config(), options={"act": "train"}) for uid in "ab"])
+    director = direct(script, trial="fake_trials:act", room=lambda: 1)
+    given = director.suggest("1")
+    assert given is not None
+    alike = Running(given["task"])
+    assert alike.next_message()["epoch"] == 1
+    alike.stop()
+    edited = Running(json.dumps({**json.loads(given["task"]), "source": "0" * 16}))
+    director.started("1")
+    director.returned("1", edited.next_message())
+    assert isinstance(director.fault, UserError)
+    assert "the code of bench changed during this run; the same command goes on" in str(director.fault)
+    assert script.results == {}
 
 
 def test_missing_trial_function_is_a_result_too() -> None:
