@@ -187,6 +187,7 @@ class Campaign(Runs):
             news = self._row_files["search"].news() | self._row_files["control"].news()
             known = {uid: row for uid, row in news.items() if uid not in self._done}
             self._done |= known
+            self._filed_of.update(row["kind"] for row in known.values())
             ours = [row for row in known.values() if row["study"] == self.name]
             self._failed_here |= {row["uid"] for row in ours if row["status"] == "failed"}
 

@@ -10,7 +10,8 @@ import errno
 import glob
 import io
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ def write_checkpoint(
     history: list[dict[str, float]],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    code: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the whole state, at once or not at all: a kill, or a power cut, leaves the old file or the new one.
 
+    ``code``: all that its epochs were made by, as `bench.provenance.code_of` has it.
     DiskError if the disk does not take it. To a store it is on its way when this returns; see `settle_checkpoint`.
     """
     state = {
@@ -60,6 +63,7 @@ def write_checkpoint(
         "history": history,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "code": [dict(each) for each in code],
     }
     if isinstance(path, ObjectFile):
         whole = io.BytesIO()  # in memory: a killed worker leaves no temporary files
@@ -142,6 +146,7 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it.") from error
     if missing := _KEYS - set(state if isinstance(state, dict) else ()):
         raise UserError(f"{path} is not a checkpoint of bench: it has no {', '.join(sorted(missing))}.")
+    state.setdefault("code", [])  # older releases did not say
     if wrong := [name for name, fits in _FITS.items() if not fits(state[name])]:
         raise UserError(f"{path} is not a checkpoint of bench: its {wrong[0]} is of another kind; remove it.")
     if len(state["history"]) != state["epoch"]:
@@ -161,12 +166,32 @@ def remove_checkpoint(path: File) -> None:
             file.unlink(missing_ok=True)
 
 
+def sweep_checkpoints(folder: Path, over: Callable[[str], bool]) -> None:
+    """Remove from a study's folder of them those of runs (by uid) that are over, and what killed writers left of these.
+
+    Nobody else may be writing there.
+    """
+    with on_disk(folder):
+        for file in folder.glob("*.pt*"):
+            named = re.fullmatch(r"(.+)\.pt(\.\d+)*(\.new)?", file.name)  # UID.pt, UID.pt.1, UID.pt.PID.new
+            if named and over(named[1]):
+                file.unlink(missing_ok=True)
+
+
 def _is_history(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(epoch, dict)
         and epoch.get("epoch") == number
         and all(isinstance(name, str) and isinstance(each, int | float) for name, each in epoch.items())
         for number, epoch in enumerate(value, 1)
+    )
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and all(isinstance(name, str) and isinstance(said, str | None) for name, said in each.items())
+        for each in value
     )
 
 
@@ -177,6 +202,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "history": _is_history,
     "model": lambda value: isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()),
     "optimizer": lambda value: isinstance(value, dict),
+    "code": _is_code,
 }
 
 

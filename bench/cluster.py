@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ if any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) or TOKEN_
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
+from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 #: Seconds between two looks at the nodes of a cluster that is joined.
@@ -39,6 +40,9 @@ _LOOK = 2.0
 _ANSWER = 120.0
 #: What must be the same everywhere, or rows of unlike code would stand in one study.
 _SAME = ("bench", "source", "torch", "ray")
+
+#: What Ray raises of a node that goes while it is asked: `ray.nodes` has it for some seconds more.
+_GONE = (NodeDiedError, TaskUnschedulableError, WorkerCrashedError)
 
 # Ray asks for a token, and would else write one to the home directory. It remembers the first it sees.
 _TOKEN = secrets.token_hex(32)
@@ -68,6 +72,11 @@ class Needs:
         """Ray's resources of a trial; one of several workers has next to nothing beside them, but not nothing."""
         return {"cpu": cpus, "gpu": floor(self.gpus)} if self.workers == 1 else {"cpu": 0, "memory": 1}
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether two workers may be on one GPU."""
+        return 0 < self.gpus / self.workers <= 0.5
+
     def check(self) -> None:
         """UserError for what cannot be."""
         if self.concurrent is not None and self.concurrent < 1:
@@ -76,6 +85,9 @@ class Needs:
             raise UserError(f"cpus_per_trial must be above 0, not {self.cpus}.")
         if self.gpus < 0:
             raise UserError(f"gpus_per_trial must not be negative, not {self.gpus}.")
+        share = self.gpus / self.workers
+        if share > 1 and share != int(share):
+            raise UserError(f"a worker has a share of one GPU, or whole ones, not {share:g}; give --gpus-per-trial so.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +210,14 @@ def _joined(needs: Needs, address: str, shared: Path | None, say: Say) -> Iterat
         try:
             nodes = Nodes(needs, shared, say)
             nodes.check(address)
-            yield Cluster(
-                folder=folder,
-                resources=needs.trial(needs.cpus),
-                members=[needs.each(needs.cpus)] * needs.workers,
-                room=nodes.room,
-                kill=_kill,
-            )
+            with closing(nodes):
+                yield Cluster(
+                    folder=folder,
+                    resources=needs.trial(needs.cpus),
+                    members=[needs.each(needs.cpus)] * needs.workers,
+                    room=nodes.room,
+                    kill=_kill,
+                )
         finally:
             ray.shutdown()
 
@@ -243,12 +256,28 @@ def _look(marker: str | None) -> dict[str, Any]:
     }
 
 
+@dataclass
+class _Asked:
+    """A node that has been asked what it has. ``marker``: the file that it is to see. ``answer``: Ray's, of `_look`."""
+
+    where: str
+    marker: Path | None
+    since: float
+    answer: Any
+
+    def over(self) -> None:
+        if self.marker is not None:
+            self.marker.unlink(missing_ok=True)
+
+
 class Nodes:
-    """The nodes of a cluster that was joined, as they come and go."""
+    """The nodes of a cluster that was joined, as they come and go. A new one counts when it has answered."""
 
     def __init__(self, needs: Needs, shared: Path | None, say: Say) -> None:
         self._needs, self._shared, self._say = needs, shared, say
-        self._known: dict[str, str] = {}
+        self._known: dict[str, str] = {}  # those that are like this machine
+        self._asked: dict[str, _Asked] = {}
+        self._silent: set[str] = set()
         self._looked, self._room = -math.inf, 0
 
     def check(self, address: str) -> None:
@@ -260,24 +289,60 @@ class Nodes:
                 f"--address {address}: no node has {self._words()} for a trial; add one (see `bench cluster`), or ask "
                 "for less."
             )
-        marker = None if self._shared is None else self._shared / f".seen-{secrets.token_hex(8)}"
-        if marker is not None:
-            marker.touch()
+        asked: list[_Asked] = []
         try:
-            for node in nodes:
-                self._ask(node, marker)
+            asked += map(self._ask, nodes)
+            for each in asked:
+                self._judge(each, _ANSWER)
         finally:
-            if marker is not None:
-                marker.unlink()
+            for each in asked:
+                each.over()
 
     def room(self) -> int:
-        """How many trials the nodes that are there have place for; of each node by itself, for a worker is on one."""
+        """How many trials the nodes that are there have place for; of each node by itself, for a worker is on one.
+
+        UserError for a node that came later and is unlike this machine: no trial could be kept off it.
+        """
         if time.monotonic() - self._looked > _LOOK:
-            nodes = self._alive()
+            alive = self._alive()
+            self._forget({node["NodeID"] for node in alive})
+            nodes = [node for node in alive if node["NodeID"] in self._known or self._has_answered(node)]
             self._room = sum(self._places(node["Resources"]) for node in nodes) // self._needs.workers
             self._looked = time.monotonic()
             self._tell({node["NodeID"]: node["NodeManagerAddress"] for node in nodes})
         return self._room if self._needs.concurrent is None else min(self._room, self._needs.concurrent)
+
+    def close(self) -> None:
+        """Wait for no answer any more."""
+        self._forget(set())
+
+    def _forget(self, alive: set[str]) -> None:
+        for node in self._asked.keys() - alive:
+            self._asked.pop(node).over()
+
+    def _has_answered(self, node: dict[str, Any]) -> bool:
+        """Whether a new node has said that it is like this machine: asked when it is first seen, and not waited for."""
+        name = node["NodeID"]
+        asked = self._asked.get(name)
+        if asked is None:
+            self._asked[name] = self._ask(node)
+            return False
+        ready, _ = ray.wait([asked.answer], timeout=0)
+        if not ready and time.monotonic() - asked.since < _ANSWER:
+            return False
+        self._asked.pop(name)
+        try:
+            self._judge(asked, 0.0)
+        except UserError as error:
+            if not isinstance(error.__cause__, _GONE):
+                raise
+            if name not in self._silent:
+                self._silent.add(name)
+                self._say(f"{asked.where} came, and cannot be asked what it has: it is not used until it answers.")
+            return False
+        finally:
+            asked.over()
+        return True
 
     def _tell(self, now: dict[str, str]) -> None:
         """Say which came and which went."""
@@ -300,24 +365,32 @@ class Nodes:
             places = min(places, resources.get("GPU", 0.0) / share)
         return int(places + 1e-9)
 
-    def _ask(self, node: dict[str, Any], marker: Path | None) -> None:
-        where = f"the cluster's node {node['NodeManagerAddress']}"
+    def _ask(self, node: dict[str, Any]) -> _Asked:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_look)
+        marker = None if self._shared is None else self._shared / f".seen-{secrets.token_hex(8)}"
+        if marker is not None:
+            marker.touch()
+        answer = look.remote(None if marker is None else str(marker))
+        return _Asked(f"the cluster's node {node['NodeManagerAddress']}", marker, time.monotonic(), answer)
+
+    def _judge(self, asked: _Asked, patience: float) -> None:
+        """UserError unless it answers within so many seconds that it is like this machine."""
         try:
-            found = ray.get(look.remote(None if marker is None else str(marker)), timeout=_ANSWER)
+            found = ray.get(asked.answer, timeout=patience)
         except Exception as error:  # whatever happens there: a module that is missing, a node that goes
             reason = " ".join(str(error).split())[-200:]
-            raise UserError(f"{where} cannot run trials ({reason}); install bench there as here.") from error
+            raise UserError(f"{asked.where} cannot run trials ({reason}); install bench there as here.") from error
         ours = {**provenance("cpu")["versions"], "source": source_digest()}
         unlike = [
             f"{n} {found['versions'].get(n)}, here {ours[n]}" for n in _SAME if found["versions"].get(n) != ours[n]
         ]
         if unlike:
-            raise UserError(f"{where} has {'; '.join(unlike)}: install the same on all nodes.")
+            raise UserError(f"{asked.where} has {'; '.join(unlike)}: install the same on all nodes.")
         if not found["sees"]:
             raise UserError(
-                f"{where} does not see {self._shared}; name a --results folder on a file system that all nodes share."
+                f"{asked.where} does not see {self._shared}; name a --results folder on a file system that all nodes "
+                "share."
             )
 
     def _words(self) -> str:

@@ -29,7 +29,8 @@ def area(levels: Sequence[float], accuracies: Sequence[float]) -> float:
     _check(levels, accuracies)
     logs = [math.log(level) for level in levels]
     steps = zip(pairwise(logs), pairwise(accuracies), strict=True)
-    return math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, x1), (y0, y1) in steps) / (logs[-1] - logs[0])
+    mean = math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, x1), (y0, y1) in steps) / (logs[-1] - logs[0])
+    return min(max(mean, min(accuracies)), max(accuracies))  # rounding alone leads out: 1 everywhere is 1, not more
 
 
 def above_chance(chance: float, tested: int) -> float:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.disk import DiskError
+from bench.provenance import source_digest
 
 Result = TypeVar("Result")
 
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 MAX_LOSSES = 2
 #: So many failures in a row, all at one place in the code, end the run: the next would fail as well.
 ALIKE_FAILURES = 3
+
+_LOST = "lost its worker process"
 
 
 class Wait(enum.Enum):
@@ -94,6 +97,7 @@ def _guarded(method: Callable[..., Result]) -> Callable[..., Result | None]:
 class Director:
     """All that happens in a run, in one place; Tune's trial ids are the keys. ``room``: for how many trials at a time.
 
+    ``shares_gpus``: two trials may be on one GPU; with fewer of them at a time each then has more of its memory.
     ``live``: what is handed out and not over. ``exhausted``: the source has no more. ``fault``: the
     exception that ends the run, be it the source's or a RepeatedError.
     """
@@ -109,9 +113,11 @@ class Director:
         tick: Callable[[], None] | None,
         interrupted: Callable[[], bool],
         also: Mapping[str, Any] | None = None,
+        shares_gpus: bool = False,
     ) -> None:
         self._also = also or {}  # options of the trial function that all tasks have
         self._source, self._trial, self._room, self._log = source, trial, room, log
+        self._shares_gpus = shares_gpus
         self._say, self._tick, self._interrupted = say, tick, interrupted
         self.live: dict[str, _Live] = {}
         self.exhausted = False
@@ -143,7 +149,8 @@ class Director:
         self.live[trial_id] = live
         task = live.task
         options = {**task.options, **self._also}
-        return {"task": json.dumps({"trial": self._trial, "config": task.config.to_dict(), "options": options})}
+        said = {"trial": self._trial, "config": task.config.to_dict(), "options": options, "source": source_digest()}
+        return {"task": json.dumps(said)}
 
     def _next(self) -> _Live | None:
         if self._again:
@@ -155,7 +162,9 @@ class Director:
     @_guarded
     def started(self, trial_id: str) -> None:
         """A worker has the trial; not the first one, perhaps."""
-        live = self.live[trial_id]
+        self._start(self.live[trial_id])
+
+    def _start(self, live: _Live) -> None:
         if not live.started:
             live.started = True
             self._source.started(live.task.uid)
@@ -164,7 +173,7 @@ class Director:
     def lost(self, trial_id: str, cause: str) -> None:
         """The worker process is gone; its trial is begun again by another one, though not for ever."""
         if trial_id in self.live:  # or over before: the worker was lost in its last moment
-            self._begin_again(trial_id, "lost its worker process", cause)
+            self._begin_again(trial_id, _LOST, cause)
 
     def _begin_again(self, trial_id: str, what: str, cause: str) -> None:
         live = self.live[trial_id]
@@ -175,8 +184,11 @@ class Director:
             return
         times = [f"{each} {count} {'time' if count == 1 else 'times'}" for each, count in Counter(live.losses).items()]
         reason = f"{' and '.join(times)} ({cause})"
+        kinds = sorted(set(live.losses))
+        self._start(live)  # a worker that dies before it has begun is lost as well, and what is over has begun
         self._complete(trial_id, TrialResult(config=live.task.config, status="failed", reason=reason))
-        self._note(reason, reason)
+        # how much memory was asked for, and was free, is never twice the same
+        self._note(reason if kinds == [_LOST] else " and ".join(kinds), reason)
 
     @_guarded
     def reported(self, trial_id: str, epoch: int, metrics: dict[str, float]) -> bool:
@@ -198,13 +210,17 @@ class Director:
 
     @_guarded
     def returned(self, trial_id: str, message: dict[str, Any]) -> None:
-        """The trial function has come to its end, be it another's fault: a disk's ends the run, and not the trial."""
+        """The trial function has come to its end. What is a disk's fault, or that of code that changed, ends the run,
+        and not the trial.
+        """
         result = TrialResult.from_dict(message["result"])
         if message["traceback"]:
             self._keep(f"{self.live[trial_id].task.uid} failed:\n{message['traceback']}")
         if message["blame"] == "disk":
             raise DiskError(result.reason or "the disk is at fault.")
-        if message["blame"] == "GPU memory" and len(self.live) > 1:
+        if message["blame"] == "code":
+            raise UserError(result.reason or "the code changed.")
+        if message["blame"] == "GPU memory" and self._shares_gpus and len(self.live) > 1:
             self._thin_out(trial_id)
             return
         if message["blame"] in ("memory", "GPU memory"):
@@ -224,7 +240,7 @@ class Director:
     def _keep(self, text: str) -> None:
         """Add to the log, if it can be written: what went wrong is said in any case."""
         try:
-            with self._log.open("a", encoding="utf-8") as log:
+            with self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:
                 log.write(text)
         except OSError as error:
             self._say(f"{self._log}: a traceback could not be kept there ({error.strerror}).")

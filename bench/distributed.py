@@ -23,7 +23,8 @@ import torch
 
 from bench.config import TrialConfig, TrialResult
 from bench.group import Group, PeerLostError
-from bench.worker import ElsewhereError, WorkerLostError, failure, function
+from bench.provenance import source_digest
+from bench.worker import ElsewhereError, WorkerLostError, begin, code_changed, failure, function
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -48,7 +49,8 @@ def run_together(
     ElsewhereError for an exception in any of them, WorkerLostError if one of them is gone.
     """
     team = _team(members)
-    task = json.dumps({"trial": trial, "config": config.to_dict(), "options": options})
+    said = {"trial": trial, "config": config.to_dict(), "options": options, "source": source_digest()}
+    task = json.dumps(said)
     try:
         return team.run(task, report)
     except (ElsewhereError, WorkerLostError):
@@ -121,7 +123,7 @@ class _Team:
                     ray.get(self._post.answer.remote(go_on))
         except ray.exceptions.RayError as error:
             raise WorkerLostError(_first_line(error)) from error
-        if message["traceback"]:
+        if message["traceback"] or message["blame"]:
             raise ElsewhereError(message)
         return TrialResult.from_dict(message["result"])
 
@@ -181,6 +183,7 @@ def _member(settings: dict[str, Any]) -> None:
     """The life of one process of a team."""
     from ray import train
 
+    begin()
     context, post = train.get_context(), settings["post"]
     group = Group(rank=context.get_world_rank(), size=context.get_world_size())
     while True:
@@ -194,6 +197,9 @@ class _Stopped(BaseException):
 def _take_part(task: dict[str, Any], post: Any, group: Group) -> None:
     """Run a task with the others. The first member speaks for all, but each says what went wrong."""
     config = TrialConfig.from_dict(task["config"])
+    if begin() != task["source"]:
+        ray.get(post.send.remote(code_changed(config)))
+        return
 
     def report(epoch: int, metrics: Mapping[str, float]) -> None:
         go_on = True

@@ -60,7 +60,7 @@ def run(
     ``trial`` names, as module:function, a ``trial(config, report, **options) -> TrialResult`` that can be
     imported here and so in the workers; ``report(epoch, metrics)`` may not return (the trial is stopped).
     An exception in it is its result (status failed) and is not retried; a trial whose worker or node died, or that
-    ran out of memory, is begun again, up to MAX_LOSSES times (beside others on a GPU: with one fewer at a time): to go
+    ran out of memory, is begun again, up to MAX_LOSSES times (where trials share GPUs: with one fewer at a time): to go
     on from where it was is the trial function's business. Of several ``workers_per_trial`` (`bench.distributed`) each
     has the CPUs, and all together the GPUs. ``tick`` is called about ten times a second, and between any two events.
 
@@ -85,6 +85,7 @@ def run(
             say=say,
             tick=tick,
             interrupted=lambda: interrupts.raised,
+            shares_gpus=needs.shares_gpus,
         )
         interrupts.arm()
         if not interrupts.raised:

@@ -105,20 +105,23 @@ def ready_for(trials: int, results: Path, *, sampler: str = "random", epochs: in
     return check(config, space, Options(results=results))
 
 
-def _search(trials: int, sampler: str, results: Path) -> dict[str, Any]:
+def searched(trials: int, sampler: str, results: Path) -> dict[str, Any]:
+    """What such a search costs, in this process; SystemExit with a line for one that did not come to its end."""
     began = time.perf_counter()
     ready = ready_for(trials, results, sampler=sampler)
     ends: list[float] = []
 
     def watch(campaign: Campaign) -> Callable[[], None]:
         def tick() -> None:
-            while len(ends) < campaign.filed:
+            while len(ends) < campaign.filed("search"):
                 ends.append(time.perf_counter())
 
         return tick
 
     with quiet(ready.folder / "ray.log"):
-        search(ready, say=print, watch=watch, trial="bench.growth:nothing")
+        outcome, _ = search(ready, say=print, watch=watch, trial="bench.growth:nothing")
+    if outcome != "done" or len(ends) < trials:
+        sys.exit(f"the search was {outcome} after {len(ends)} of {trials} trials; measure it again.")
     seconds = time.perf_counter() - began
     start = ends[0] - began
     late = ends[int(LATE * len(ends)) :]
@@ -147,4 +150,4 @@ def _megabytes(path: Path) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_search(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))))
+    print(json.dumps(searched(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))))

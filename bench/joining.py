@@ -54,20 +54,22 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def commands(host: str, port: int, results: Path) -> dict[str, str]:
-    """What to type: ``token``, ``head`` (on this machine), ``node`` (on each other), ``search``, and ``stop``."""
+def commands(host: str, port: int, results: Path | str) -> dict[str, str]:
+    """What to type: ``token``, ``head`` (on this machine), ``node`` (on each other), ``search``, and ``stop``.
+
+    ``results``: a folder, or the URI of a store.
+    """
     cores = max(1, int(usable_cores()))
     settings = [f"{name}={value}" for name, value in {"RAY_AUTH_MODE": "token", **VARIABLES}.items()]
     store = f"--object-store-memory={OBJECT_STORE_BYTES}"
     head = ["ray", "start", "--head", f"--node-ip-address={host}", f"--port={port}", f"--num-cpus={cores}", store]
     node = ["ray", "start", f"--address={host}:{port}"]
+    kept = results.absolute() if isinstance(results, Path) else results
     return {
         "token": "ray get-auth-token --generate",
         "head": _line([*settings, *head, "--include-dashboard=false"]),
         "node": f"{_line([*settings, *node])} --num-cpus=$(nproc) {store}",
-        "search": _line(
-            ["bench", "search", f"--address={host}:{port}", f"--results={results.absolute()}", "--rule=sparse"]
-        ),
+        "search": _line(["bench", "search", f"--address={host}:{port}", f"--results={kept}", "--rule=sparse"]),
         "stop": "ray stop",
     }
 
@@ -80,7 +82,7 @@ def explained(found: dict[str, str]) -> list[tuple[str, str]]:
         ("on each other machine, with the same bench, torch and Ray; Ray finds its GPUs", found["node"]),
         (
             "anywhere in the cluster, as often as you like; --results is to be a folder that all machines see, "
-            "and data sets are to be where they are here",
+            "or a store that all of them reach, and data sets are to be where they are here",
             found["search"],
         ),
         ("on each machine, at the end", found["stop"]),

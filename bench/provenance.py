@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,15 @@ def code_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     versions = provenance.get("versions") or {}
     known = {name: provenance.get(name) for name in ("git_revision", "source")}
     return {**known, **{name: versions.get(name) for name in ("bench", "torch", "optuna")}}
+
+
+def older_code(made_by: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those of these (of `code_of`) that compute with other modules than this process, or with another torch; once."""
+    now, found = code_of(provenance("cpu")), list[dict[str, Any]]()
+    for each in map(dict, made_by):
+        if each not in found and any(each.get(name) != now[name] for name in ("source", "torch")):
+            found.append(each)
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

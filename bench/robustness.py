@@ -230,6 +230,7 @@ def measure(
             tracker.study(name, config=ready.config.to_dict(), tags=tags, identity=identity)
             tracker.dataset(*place.dataset)
             source.record_known()
+            source.sweep()
             outcome = carry_out(source, place, folder / "ray.log", trial="bench.probe:run_probe", say=say, watch=watch)
             summary = source.summary()
             if repeated := source.repeated():

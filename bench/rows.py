@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.config import Kind, TrialConfig, TrialResult, UserError, digest
+from bench.config import Kind, TrialConfig, TrialResult, UserError, digest, is_text
 from bench.disk import on_disk
 from bench.shape import check_row, check_text
 
@@ -78,7 +78,7 @@ class RowFile:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one line, and return when it is on the disk.
 
-        Errors: UserError for a row without the right keys, a number that is not finite, a uid that is in
+        Errors: UserError for a row that `read` would refuse, a number that is not finite, a uid that is in
         the file already, and (a DiskError) a place that cannot be written, or is gone.
         """
         line = _line(row)
@@ -159,7 +159,7 @@ class RowFile:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    """The row as a line of the file; UserError for wrong keys, or for a number that JSON does not have."""
+    """The row as a line of the file; UserError for one that `read` would refuse, and the whole file with it."""
     if set(row) != set(FIELDS):
         raise UserError(
             f"a row has the keys {', '.join(FIELDS)}; wrong or missing: {', '.join(set(row) ^ set(FIELDS))}."
@@ -171,6 +171,12 @@ def _line(row: Mapping[str, Any]) -> bytes:
         raise UserError(
             f"row {row['uid']}: {', '.join(bad)} is not finite; leave it out and give the reason."
         ) from error
+    try:
+        check_row(json.loads(text))  # as it is read: a tuple is a list then
+        if not is_text(text):
+            raise UserError("it has half of a character")
+    except UserError as error:
+        raise UserError(f"row {row['uid']!r} is not filed, for it could not be read again: {error}.") from error
     return text.encode() + b"\n"
 
 

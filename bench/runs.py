@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from bench.checkpoint import File, checkpoint_file, remove_checkpoint
+from bench.checkpoint import File, checkpoint_file, remove_checkpoint, sweep_checkpoints
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
 from bench.disk import DiskError
@@ -81,6 +82,7 @@ class Runs:
         self._done: dict[str, Row] = {}
         for file in dict.fromkeys(files.values()):
             self._done |= file.by_uid()
+        self._filed_of = Counter(known["kind"] for known in self._done.values())
         self._failed_here: set[str] = set()
         self._running: dict[str, Running] = {}
         #: whether another source of the same programme has this run under way
@@ -97,10 +99,9 @@ class Runs:
         """As `director.Source` has it."""
         raise NotImplementedError
 
-    @property
-    def filed(self) -> int:
-        """How many runs have a row."""
-        return len(self._done)
+    def filed(self, kind: Kind) -> int:
+        """How many runs of this kind have a row."""
+        return self._filed_of[kind]
 
     @property
     def running(self) -> bool:
@@ -180,6 +181,7 @@ class Runs:
             result = dataclasses.replace(result, provenance={**provenance("cpu"), "seconds": seconds})
         filed = row(uid, self.name, run.plan.kind, result)
         self._done[uid] = self._file(run.plan.kind, filed)  # the row first: what has one is never run again
+        self._filed_of[run.plan.kind] += 1
         if result.status == "failed":
             self._failed_here.add(uid)
         self._filed(uid, run, result)
@@ -194,6 +196,18 @@ class Runs:
     def _tidy(self, uid: str) -> None:
         """Remove the checkpoints of a run that is over."""
         remove_checkpoint(self._checkpoint(uid))
+
+    def sweep(self, *, at_the_end: bool = False) -> None:
+        """Remove the checkpoints of what has a row; ``at_the_end`` all, if nothing is left to run.
+
+        A kill between a row and `_tidy` leaves one, as does a control that another search has finished; and in the end
+        the confirmation of what is no longer among the best. No other driver may be at work on this study. (Those on a
+        store are the mirror's: `bench.copies.sweep`.)
+        """
+        folder = self._place.options.kept(self.name)
+        if isinstance(folder, Path):
+            everything = at_the_end and self.complete and not self._running
+            sweep_checkpoints(folder / "checkpoints", lambda uid: everything or uid in self._done)
 
     def _file(self, kind: Kind, filed: Row) -> Row:
         """Append the row; a control that another search has filed meanwhile is that one's."""

@@ -63,6 +63,9 @@ class Open:
         )
         self._tracker.dataset(*self.ready.place.dataset)
         self.campaign.record_known()
+        with patiently(self._study.drivers):  # none comes in meanwhile
+            if not self._study.drivers.others:
+                self.campaign.sweep()
 
     def leave(self) -> bool:
         """Of several drivers, the last one ends the search's run in MLflow, when all of it is recorded."""
@@ -77,6 +80,8 @@ class Open:
         """Write and record what is known by now; the summary of it."""
         folder, tracker = self.ready.folder, self._tracker
         last = self.leave()
+        if last:
+            self.campaign.sweep(at_the_end=True)
         summary = self.campaign.summary()
         _write_best(folder, self.campaign, summary)
         if summary["objective"] == "both":

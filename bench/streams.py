@@ -37,8 +37,8 @@ def quiet(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
                 yield out, err
         finally:
             _flush_or_drop()
-            out.flush()
-            err.flush()
+            _flush_or_leave(out)
+            _flush_or_leave(err)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
 
@@ -75,6 +75,17 @@ def _flush_or_drop() -> None:
         os.dup2(nowhere, 2)
         os.close(nowhere)
         _flush()
+
+
+def _flush_or_leave(stream: TextIO) -> None:
+    """What a terminal that has gone does not take is lost; and whatever else would come there."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
 
 
 def _flush() -> None:

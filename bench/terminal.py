@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -20,7 +22,17 @@ REFRESH = 0.25
 
 def console(stream: TextIO) -> Console:
     """A console that draws on this stream; as wide as its text where it is not a terminal."""
-    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 240)
+    return _console(Console, stream)
+
+
+class _Display(Console):
+    def on_broken_pipe(self) -> None:
+        """An OSError as any other: rich would end the program."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def _console(kind: type[Console], stream: TextIO) -> Console:
+    return kind(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 240)
 
 
 def table(
@@ -54,11 +66,13 @@ def duration(seconds: float) -> str:
 class Progress:
     """A live display of what the function given to ``show`` returns, a few times a second and only on a terminal.
 
-    As a context. ``tick`` is cheap to call; ``say`` prints a line above the display.
+    As a context. ``tick`` is cheap to call; ``say`` prints a line above the display. A terminal that goes away, or a
+    pipe whose reader does, ends the display and not the work; what is said then goes to ``otherwise``, if there is one.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.console = console(stream)
+    def __init__(self, stream: TextIO, otherwise: TextIO | None = None) -> None:
+        self.console = _console(_Display, stream)
+        self._otherwise = otherwise
         self._render: Callable[[], str] = str
         self._last = 0.0
         # rich would else take sys.stdout and sys.stderr, and show what others print there: it belongs in the log
@@ -70,18 +84,18 @@ class Progress:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._on = stream.isatty()
+        self._on, self._gone = stream.isatty(), False
 
     def __enter__(self) -> Self:
         if self._on:
-            self._live.start()
+            self._try(self._live.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._on:
-            self._live.stop()
+            self._try(self._live.stop)
 
     def show(self, render: Callable[[], str]) -> None:
         self._render = render
@@ -90,7 +104,18 @@ class Progress:
         now = time.monotonic()
         if self._on and now - self._last >= REFRESH:
             self._last = now
-            self._live.update(Text(self._render()), refresh=True)
+            shown = Text(self._render())  # whose own errors are no terminal's
+            self._try(lambda: self._live.update(shown, refresh=True))
 
     def say(self, line: str) -> None:
-        self.console.print(one_line(line), markup=False)
+        line = one_line(line)
+        if (self._gone or not self._try(lambda: self.console.print(line, markup=False))) and self._otherwise:
+            print(line, file=self._otherwise, flush=True)
+
+    def _try(self, draw: Callable[[], object]) -> bool:
+        """False if the terminal is gone."""
+        try:
+            draw()
+        except OSError:
+            self._on, self._gone = False, True
+        return not self._gone

@@ -56,6 +56,8 @@ class Trial:
     group: Group | None = None
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    #: by which code the epochs of a checkpoint were made, as `bench.provenance.code_of` has it
+    made_by: list[dict[str, Any]] = field(default_factory=list)
     #: a fixed sample of the validation split, normalised, by which the angles are measured
     sample: tuple[Tensor, Tensor] | None = None
 

@@ -298,6 +298,7 @@ def transfer(
     with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
         source = Transfer(prepared, tracker, RowFile(folder / "rows.jsonl", say=say))
         source.record_known()
+        source.sweep()
         with Programme(config.name, list(prepared.searches.values()), say=say, then=source) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)

@@ -26,7 +26,7 @@ from bench.evaluators.accuracy import BATCH, accuracy
 from bench.evaluators.alignment import error_alignment, weight_alignment
 from bench.evaluators.robustness import noisy_accuracy
 from bench.group import Group
-from bench.provenance import provenance
+from bench.provenance import code_of, older_code, provenance
 from bench.stages import stage
 from bench.training import Diverged, Trial, prepare, train_epoch
 
@@ -51,9 +51,9 @@ def run_trial(
     """Train and evaluate one network; with ``noise_site = "update"`` one for each level of noise, in step.
 
     With ``checkpoint`` (a file, or its URI; of further networks FILE.1, FILE.2, ...) the state is saved after each
-    epoch, and a run that finds it goes on from there to the same result, bit for bit on a CPU. ``read_test``: the
-    protocol reads the test split once, for a confirmed configuration. ``threads``: of torch on the CPU; None leaves
-    torch's own.
+    epoch, and a run that finds it goes on from there to the same result, bit for bit on a CPU; the other code that
+    epochs were made by, if any, is ``resumed_from`` in the provenance. ``read_test``: the protocol reads the test split
+    once, for a confirmed configuration. ``threads``: of torch on the CPU; None leaves torch's own.
 
     ``group``: this is one of several processes that train the networks together, all called alike and with the same
     checkpoint, which the first of them writes; each reports, and returns, the same.
@@ -93,7 +93,7 @@ def run_trial(
         reason=reason,
         metrics=metrics,
         history=history,
-        provenance=provenance_of(trial, time.perf_counter() - started),
+        provenance={**provenance_of(trial, time.perf_counter() - started), **_resumed_from(lanes)},
     )
 
 
@@ -158,6 +158,12 @@ def _lanes(
             group.check_equal(trial.epoch, f"not all workers see the same {path}; --results must be on all nodes.")
         lanes.append(_Lane(trial, path))
     return lanes
+
+
+def _resumed_from(lanes: list[_Lane]) -> dict[str, Any]:
+    """The other code by which epochs of these networks were made, if any was."""
+    older = older_code(code for lane in lanes for code in lane.trial.made_by)
+    return {"resumed_from": older} if older else {}
 
 
 def _learn(trial: Trial) -> None:
@@ -326,6 +332,7 @@ def save(trial: Trial, path: File) -> None:
         history=trial.history,
         model=trial.model,
         optimizer=trial.optimizer,
+        code=[*older_code(trial.made_by), code_of(provenance("cpu"))],
     )
 
 
@@ -341,4 +348,4 @@ def resume(trial: Trial, path: File) -> None:
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])
     load_optimizer(path, trial.optimizer, state["optimizer"])
-    trial.epoch, trial.history = state["epoch"], state["history"]
+    trial.epoch, trial.history, trial.made_by = state["epoch"], state["history"], state["code"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from bench.config import one_line
@@ -13,7 +14,8 @@ from bench.objects import PATIENCE, ObjectFile
 
 def tell(line: str) -> None:
     """Say it where a worker's words end up: in Ray's log, or on the terminal of `bench train`."""
-    print(f"bench: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that has gone, and nobody hears it
+        print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 class Uploads:

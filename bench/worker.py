@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.config import TrialConfig, TrialResult
+from bench.config import TrialConfig, TrialResult, one_line
 from bench.disk import find_disk_error
+from bench.provenance import git_revision, source_digest
 
 
 class _Stopped(BaseException):
@@ -37,14 +38,16 @@ class Running:
 
     A report is ``{epoch, metrics}``; the result is ``{result, where, traceback, blame}``, the last three empty but
     for an exception, which is a result like any other (status failed), unless something else is to ``blame``: the
-    "disk" (the reason is then the line for the user), or the "memory" or "GPU memory", of which there was too little.
-    All JSON-ready. But for a WorkerLostError, which is raised again where the message is waited for.
+    "disk" or the "code" (the reason is then the line for the user), or the "memory" or "GPU memory", of which there was
+    too little. All JSON-ready. But for a WorkerLostError, which is raised again where the message is waited for.
     """
 
     def __init__(self, task: str) -> None:
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         content = json.loads(task)
+        source = begin()
+        self._changed = content.get("source", source) != source
         self._config = TrialConfig.from_dict(content["config"])
         self._thread = threading.Thread(target=self._work, args=(content["trial"], content["options"]), daemon=True)
 
@@ -73,6 +76,9 @@ class Running:
             raise _Stopped
 
     def _work(self, trial: str, options: dict[str, Any]) -> None:
+        if self._changed:
+            self._messages.put(code_changed(self._config))
+            return
         try:
             result = function(trial)(self._config, self._report, **options)
             if not isinstance(result, TrialResult):
@@ -95,6 +101,22 @@ def function(name: str) -> Callable[..., Any]:
     return found
 
 
+def begin() -> str:
+    """Note once and for all, while the code is being imported, which it is; `source_digest`.
+
+    At the end of a trial of hours the files may be other ones, and the trial's row would name these.
+    """
+    git_revision()
+    return source_digest()
+
+
+def code_changed(config: TrialConfig) -> dict[str, Any]:
+    """The message of a process that began with other code than the driver: no row may be made with it."""
+    reason = "the code of bench changed during this run; the same command goes on, with the code as it is then."
+    result = TrialResult(config=config, status="failed", reason=reason)
+    return {"result": result.to_dict(), "where": "", "traceback": "", "blame": "code"}
+
+
 def failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     """The message of a trial function that has raised this."""
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -104,7 +126,7 @@ def failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     blame = "GPU memory" if _is_of_gpu_memory(error) else "memory" if _is_of_memory(error) else ""
     if fault := find_disk_error(error):
         blame, reason = "disk", str(fault)
-    result = TrialResult(config=config, status="failed", reason=reason)
+    result = TrialResult(config=config, status="failed", reason=one_line(reason))  # a row takes half of no character
     where = f"{type(error).__name__} {where}"
     return {"result": result.to_dict(), "where": where, "traceback": text, "blame": blame}
 

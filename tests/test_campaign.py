@@ -86,6 +86,11 @@ def test_trials_then_controls_while_trials_run_then_confirmations(tmp_path: Path
         finish(source, task, 0.6)
     assert source.next() is None
     assert source.complete
+    kinds = ("search", "control", "confirm")
+    assert [source.filed(kind) for kind in kinds] == [2, 2, 1]
+    source._study.close()
+    again = campaign(tmp_path)
+    assert [again.filed(kind) for kind in kinds] == [2, 2, 1]
 
 
 def test_controls_are_run_once_for_a_recipe(tmp_path: Path) -> None:
@@ -159,3 +164,41 @@ def test_a_search_without_a_finished_trial_confirms_nothing(tmp_path: Path, stat
     finish(source, source.next(), 0.1, status)
     assert all(uid.startswith("control") for uid in drain(source))
     assert source.summary()["confirmed"] == []
+
+
+def _left(folder: Path, *names: str) -> Path:
+    """What killed workers left of a study's checkpoints."""
+    kept = folder / "s" / "checkpoints"
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (kept / name).touch()
+    return kept
+
+
+def test_checkpoints_of_what_has_a_row_are_removed_at_the_next_start(tmp_path: Path) -> None:
+    """A kill between the row and the removal; and a control that another search finished meanwhile."""
+    first = campaign(tmp_path, trials=2)
+    done, open_ = first.next(), first.next()
+    finish(first, done, 0.5)
+    control = next(iter(first.control_tasks()))
+    first._study.close()
+    other = campaign(tmp_path, name="other", trials=1)
+    assert control in drain(other)
+    names = [f"{uid}.pt{end}" for uid in (done.uid, control, open_.uid) for end in ("", ".1", ".77.new", ".1.77.new")]
+    kept = _left(tmp_path, *names, "of-the-user.txt")
+    campaign(tmp_path, trials=2).sweep()
+    assert {path.name for path in kept.iterdir()} == {*names[8:], "of-the-user.txt"}
+
+
+def test_when_nothing_is_left_to_run_no_checkpoint_is_left(tmp_path: Path) -> None:
+    """An interrupted confirmation of what is no longer among the best has no row, and will have none."""
+    source = campaign(tmp_path, trials=2)
+    kept = _left(tmp_path, "s-confirm-0123456789ab.pt")
+    task = source.next()
+    source.started(task.uid)
+    source.sweep(at_the_end=True)
+    assert len(list(kept.iterdir())) == 1
+    finish(source, task, 0.5)
+    drain(source)
+    source.sweep(at_the_end=True)
+    assert list(kept.iterdir()) == []

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 
 from bench import cluster
 from bench.cli import main
@@ -40,36 +41,129 @@ def node(name: str, cpus: float, gpus: float = 0.0, alive: bool = True) -> dict[
     return {"NodeID": name, "NodeManagerAddress": name, "Alive": alive, "Resources": resources}
 
 
-def test_room_is_counted_node_by_node_and_follows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    there = [node("head", 1), node("a", 7, gpus=1), node("b", 4, gpus=2), node("gone", 9, gpus=9, alive=False)]
+class Nodewise:
+    """Ray, as `Nodes` asks it: the answer of each node, or the exception in its place; without one, it has none yet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there: list[dict[str, Any]] = []
+        self.answers: dict[str, Any] = {}
+        self.clock = 0.0
+        versions = {n: v for n, v in OURS.items() if n != "source"}
+        for name, stand_in in {
+            "ray.nodes": lambda: self.there,
+            "ray.remote": lambda **options: lambda _: self._task(options["scheduling_strategy"]),
+            "ray.get": self._get,
+            "ray.wait": lambda asked, **_: (asked, []) if asked[0] in self.answers else ([], asked),
+            "time.monotonic": lambda: self.clock,
+            "bench.cluster.provenance": lambda _: {"versions": versions},
+            "bench.cluster.source_digest": lambda: "S",
+            "bench.cluster.NodeAffinitySchedulingStrategy": lambda name, **_: name,
+        }.items():
+            monkeypatch.setattr(name, stand_in)
+
+    def _task(self, name: str) -> Any:
+        def remote(marker: str | None) -> str:
+            assert marker is None or Path(marker).exists()
+            return name
+
+        return type("Task", (), {"remote": staticmethod(remote)})
+
+    def _get(self, name: str, **_: Any) -> Any:
+        answer = self.answers.get(name, TimeoutError("no answer"))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def nodewise(monkeypatch: pytest.MonkeyPatch) -> Nodewise:
+    return Nodewise(monkeypatch)
+
+
+LIKE = {"versions": OURS, "sees": True}
+
+
+def test_room_is_counted_node_by_node_and_follows_them(nodewise: Nodewise, tmp_path: Path) -> None:
+    nodewise.there = [node("head", 1), node("a", 7, gpus=1), node("b", 4, gpus=2), node("gone", 9, gpus=9, alive=False)]
+    nodewise.answers = dict.fromkeys(("head", "a", "b"), LIKE)
     said: list[str] = []
-    clock = [0.0]
-    monkeypatch.setattr("ray.nodes", lambda: there)
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
 
-    def room(**needs: Any) -> int:
-        return Nodes(Needs(**{"concurrent": None, **needs}), tmp_path, print).room()
+    def made(**needs: Any) -> Nodes:
+        nodes = Nodes(Needs(**{"concurrent": None, **needs}), tmp_path, said.append)
+        nodes.check("h:1")
+        return nodes
 
-    assert room(cpus=1) == 12
-    assert room(cpus=2) == 0 + 3 + 2
-    assert room(cpus=1, gpus=0.3) == 0 + 3 + 4  # of b, cores are what is short: 6 would fit on its GPUs
-    assert room(cpus=1, gpus=1 / 7) == 0 + 7 + 4
-    assert room(cpus=2, concurrent=4) == 4
-    assert room(cpus=8) == 0
-    nodes = Nodes(Needs(concurrent=None, cpus=1), tmp_path, said.append)
-    nodes.room()
-    said.clear()
-    there[1:2] = []
+    assert made(cpus=1).room() == 12
+    assert made(cpus=2).room() == 0 + 3 + 2
+    assert made(cpus=1, gpus=0.3).room() == 0 + 3 + 4  # of b, cores are what is short: 6 would fit on its GPUs
+    assert made(cpus=1, gpus=1 / 7).room() == 0 + 7 + 4
+    assert made(cpus=2, concurrent=4).room() == 4
+    nodes = made(cpus=1)
+    assert said == []
+    nodewise.there[1:2] = []
     assert nodes.room() == 12  # it does not look every time
-    clock[0] += 60
+    nodewise.clock += 60
     assert nodes.room() == 5
-    there.append(node("c", 2))
-    clock[0] += 60
+    nodewise.there.append(node("c", 2))
+    for _ in range(2):  # it is asked, and is not waited for
+        nodewise.clock += 3
+        assert nodes.room() == 5
+    nodewise.answers["c"] = LIKE
+    nodewise.clock += 3
     assert nodes.room() == 7
     assert said == [
         "the cluster lost the node a: room for 5 trials; its trials go on elsewhere.",
         "the cluster has a new node, c: room for 7 trials.",
     ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"versions": {**OURS, "source": "X"}, "sees": True}, r"node c has source X, here S: install the same"),
+        ({"versions": OURS, "sees": False}, r"node c does not see .*name a --results"),
+        (ModuleNotFoundError("No module named 'bench'"), r"node c cannot run trials \(No module.*install bench there"),
+        (None, r"node c cannot run trials \(no answer\)"),
+    ],
+)
+def test_a_node_that_comes_later_and_is_unlike_is_not_counted_and_ends_the_run(
+    nodewise: Nodewise, tmp_path: Path, answer: Any, message: str
+) -> None:
+    nodewise.there, nodewise.answers = [node("a", 1)], {"a": LIKE}
+    nodes = Nodes(Needs(concurrent=None, cpus=1), tmp_path, print)
+    nodes.check("h:1")
+    nodewise.there.append(node("c", 8))
+    nodewise.clock += 3
+    assert nodes.room() == 1
+    if answer is not None:
+        nodewise.answers["c"] = answer
+    nodewise.clock += 130
+    with pytest.raises(UserError, match=message):
+        nodes.room()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_that_comes_and_goes_while_it_is_asked_ends_nothing(nodewise: Nodewise, tmp_path: Path) -> None:
+    nodewise.there, nodewise.answers = [node("a", 1)], {"a": LIKE}
+    said: list[str] = []
+    nodes = Nodes(Needs(concurrent=None, cpus=1), tmp_path, said.append)
+    nodes.check("h:1")
+    nodewise.there.append(node("c", 8))
+    nodewise.answers["c"] = WorkerCrashedError()
+    for _ in range(6):
+        nodewise.clock += 3
+        assert nodes.room() == 1
+    assert said == ["the cluster's node c came, and cannot be asked what it has: it is not used until it answers."]
+    nodewise.there.pop()
+    nodewise.clock += 3
+    assert nodes.room() == 1
+    nodewise.there.append(node("d", 1))
+    nodewise.clock += 3
+    nodes.room()
+    assert len(list(tmp_path.iterdir())) == 1
+    nodes.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -130,6 +224,20 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         share_out(Options(gpus_per_trial=0.5), "cpu")
 
 
+@pytest.mark.parametrize(("gpus", "workers", "shared"), [(0, 1, False), (0.5, 1, True), (0.6, 1, False), (1, 2, True)])
+def test_gpus_that_two_workers_may_be_on(gpus: float, workers: int, shared: bool) -> None:
+    needs = Needs(concurrent=1, cpus=1, gpus=gpus, workers=workers)
+    needs.check()
+    assert needs.shares_gpus == shared
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(1.5, 1), (2.5, 1), (3, 2)])
+def test_shares_that_ray_has_not_are_refused(gpus: float, workers: int) -> None:
+    with pytest.raises(UserError, match=r"a share of one GPU, or whole ones, not [12]\.5"):
+        Needs(concurrent=1, cpus=1, gpus=gpus, workers=workers).check()
+    Needs(concurrent=1, cpus=1, gpus=2 * workers, workers=workers).check()
+
+
 # --- what is said
 
 
@@ -161,6 +269,10 @@ def test_bench_cluster_prints_what_its_json_has(capsys: pytest.CaptureFixture[st
     assert all(command in printed for command in found.values())
     assert "can run any program as you" in printed
     assert f"--results={tmp_path}" in found["search"]
+    assert "a folder that all machines see, or a store that all of them reach" in " ".join(printed.split())
+    uri = "s3://bucket/lab?endpoint_override=h:1&scheme=http"
+    assert main([*line[:5], "--results", uri, "--json"]) == 0
+    assert f"--results={uri}" in shlex.split(json.loads(capsys.readouterr().out)["search"])
     assert main([*line[:3], "--port", "0"]) == 2
 
 

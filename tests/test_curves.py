@@ -49,8 +49,15 @@ def test_the_area_is_a_mean_and_knows_no_unit(levels: list[float], accuracies: l
     assert found == pytest.approx(
         trapezoid(accuracies, np.log(levels)) / np.log(levels[-1] / levels[0]), rel=1e-9, abs=1e-12
     )
-    assert min(accuracies) - 1e-9 <= found <= max(accuracies) + 1e-9
+    assert min(accuracies) <= found <= max(accuracies)
     assert area([s * unit for s in levels], accuracies) == pytest.approx(found, abs=1e-9)
+
+
+@pytest.mark.parametrize("levels", [(0.01, 0.02, 0.2), (0.01, 0.02, 0.04, 0.08, 0.16, 0.32), (0.03, 0.1, 0.3)])
+@pytest.mark.parametrize("accuracy", [1.0, 0.1, 0.7])
+def test_the_area_of_what_is_the_same_everywhere_is_just_that(levels: tuple[float, ...], accuracy: float) -> None:
+    """1.0000000000000002 is no share of 1, and no row may have it."""
+    assert area(levels, [accuracy] * len(levels)) == accuracy
 
 
 @pytest.mark.parametrize("levels", [(), (0.1,), (0.0, 0.1), (0.2, 0.1), (0.1, 0.1), (0.1, math.inf)])

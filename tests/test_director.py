@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from bench.config import TrialResult
-from bench.director import ALIKE_FAILURES, WAIT, Director, RepeatedError, Source
+import bench
+from bench.config import TrialResult, UserError
+from bench.director import ALIKE_FAILURES, MAX_LOSSES, WAIT, Director, RepeatedError, Source, Task
+from bench.provenance import source_digest
 from bench.worker import Running
 from engine_script import Script, config, task
 
@@ -177,6 +183,48 @@ def test_exception_is_a_result(work: Callable[..., Running], act: str, reason: s
     assert message["traceback"].startswith("Traceback (most recent call last)")
 
 
+def test_a_worker_knows_the_code_that_it_began_with(tmp_path: Path) -> None:
+    """A real process, with a package of its own that is edited while it works."""
+    package = tmp_path / "bench"
+    shutil.copytree(Path(bench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    script = """
+import pathlib, sys
+from bench.worker import Running
+Running(sys.argv[1])
+with pathlib.Path("bench/models.py").open("a") as file:
+    file.write("# edited")
+from bench.provenance import provenance
+print(provenance("cpu")["source"])
+"""
+    before = source_digest(package)
+    command = [sys.executable, "-c", script, json.dumps({"trial": "m:f", "config": config().to_dict(), "options": {}})]
+    clean = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean, timeout=60, check=True)
+    assert done.stdout.strip() == before
+    source_digest.cache_clear()
+    assert source_digest(package) != before
+    source_digest.cache_clear()
+
+
+def test_a_worker_with_other_code_than_the_driver_ends_the_run_and_files_nothing(
+    direct: Callable[..., Director], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    script = Script([Task(uid=uid, config=config(), options={"act": "train"}) for uid in "ab"])
+    director = direct(script, trial="fake_trials:act", room=lambda: 1)
+    given = director.suggest("1")
+    assert given is not None
+    alike = Running(given["task"])
+    assert alike.next_message()["epoch"] == 1
+    alike.stop()
+    edited = Running(json.dumps({**json.loads(given["task"]), "source": "0" * 16}))
+    director.started("1")
+    director.returned("1", edited.next_message())
+    assert isinstance(director.fault, UserError)
+    assert "the code of bench changed during this run; the same command goes on" in str(director.fault)
+    assert script.results == {}
+
+
 def test_missing_trial_function_is_a_result_too() -> None:
     running = Running(json.dumps({"trial": "no.such:thing", "config": config().to_dict(), "options": {}}))
     assert running.next_message()["result"]["reason"].startswith("ModuleNotFoundError: No module named 'no'")
@@ -202,7 +250,7 @@ def test_gpu_memory_that_is_too_small_for_all_lowers_how_many_there_are(
     direct: Callable[..., Director], capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script([task(uid) for uid in "abcd"])
-    director = direct(script, room=lambda: 3)
+    director = direct(script, room=lambda: 3, shares_gpus=True)
     for trial in "123":
         director.suggest(trial)
         director.started(trial)
@@ -233,6 +281,73 @@ def test_gpu_memory_that_is_too_small_for_all_lowers_how_many_there_are(
     assert script.results["b"].reason == "ran out of GPU memory 3 times (OutOfMemoryError: CUDA out of memory)"
     assert [event for event in script.events if event == ("started", "b")] == [("started", "b")]
     assert [live.task.uid for live in director.live.values()] == ["d"]
+
+
+def test_gpu_memory_that_is_too_small_for_one_trial_alone_takes_no_place_from_others(
+    direct: Callable[..., Director], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where each has a GPU of its own, fewer at a time leave a GPU idle, and this trial no more memory than before."""
+    script = Script([task(uid) for uid in "abc"])
+    director = direct(script)
+    for trial in "12":
+        director.suggest(trial)
+        director.started(trial)
+    for trial in "235":
+        director.returned(trial, failure("layers.py:1", "OutOfMemoryError: CUDA out of memory", blame="GPU memory"))
+        assert director.suggest(str(int(trial) + 1 + (trial == "3"))) is not None
+        assert len(director.live) == 2
+    assert capsys.readouterr().out.count("b: ran out of GPU memory (OutOfMemoryError: CUDA out of memory)") == 2
+    assert {uid: result.status for uid, result in script.results.items()} == {"b": "failed"}
+
+
+@pytest.mark.parametrize("blame", ["memory", "GPU memory"])
+def test_three_trials_that_run_out_of_memory_end_the_run_whatever_they_asked_for(
+    direct: Callable[..., Director], blame: str
+) -> None:
+    script = Script([task(str(i)) for i in range(ALIKE_FAILURES + 1)])
+    director = direct(script, room=lambda: 1)
+    for attempt in range(ALIKE_FAILURES * (MAX_LOSSES + 1)):
+        assert director.fault is None
+        assert director.suggest(str(attempt)) is not None
+        director.started(str(attempt))
+        director.returned(str(attempt), failure("a.py:1", f"Tried to allocate {attempt}.00 GiB.", blame=blame))
+    assert isinstance(director.fault, RepeatedError)
+    assert f"failed alike: ran out of {blame} 3 times (Tried to allocate 8.00 GiB.)" in str(director.fault)
+    assert len(script.results) == ALIKE_FAILURES
+
+
+def test_a_worker_that_is_lost_before_it_begins_costs_its_trial_alone(direct: Callable[..., Director]) -> None:
+    """Tune says that a trial starts when its worker stands: one that dies before then never began."""
+    script = Script([task("a"), task("b")])
+    director = direct(script, room=lambda: 1)
+    for attempt in "012":
+        director.suggest(attempt)
+        director.lost(attempt, "killed")
+    assert director.fault is None
+    assert script.events == [("started", "a"), ("completed", "a")]
+    director.suggest("3")
+    director.started("3")
+    director.returned("3", success())
+    assert script.results["b"].status == "finished"
+
+
+def test_an_exception_with_half_of_a_character_is_a_result_and_its_traceback_is_kept(
+    work: Callable[..., Running], direct: Callable[..., Director], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a file's name has it that is no UTF-8."""
+
+    def fail(config: Any, report: Any, **_: Any) -> None:  # noqa: ARG001
+        raise ValueError(f"no data in {os.fsdecode(b'caf' + bytes([0xE9]))}")
+
+    monkeypatch.setattr("fake_trials.act", fail)
+    script = Script([task("a")])
+    director = direct(script)
+    director.suggest("1")
+    director.started("1")
+    director.returned("1", json.loads(json.dumps(work().next_message())))
+    assert director.fault is None
+    assert (script.results["a"].reason or "").startswith(r"ValueError: no data in caf\udce9 (test_director.py")
+    assert r"caf\udce9" in (tmp_path / "ray.log").read_text()
 
 
 def test_lack_of_gpu_memory_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.cli import main
 from bench.config import TrialConfig
-from bench.growth import nothing
+from bench.growth import nothing, searched
 
 
 def test_trial_that_does_nothing_reports_as_one_that_trains() -> None:
@@ -32,6 +34,29 @@ def test_trial_that_does_nothing_reports_as_one_that_trains() -> None:
 def test_what_cannot_be_measured_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["speed", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+class Filed:
+    """A campaign, of which so many trials have rows; and five controls."""
+
+    def __init__(self, trials: int) -> None:
+        self.trials = trials
+
+    def filed(self, kind: str) -> int:
+        return self.trials if kind == "search" else 5
+
+
+@pytest.mark.parametrize(("outcome", "trials"), [("interrupted", 7), ("interrupted", 10), ("done", 9), ("known", 0)])
+def test_a_search_that_is_not_whole_is_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outcome: str, trials: int
+) -> None:
+    def search(*_: Any, watch: Any, **__: Any) -> tuple[str, dict[str, Any]]:
+        watch(Filed(trials))()
+        return outcome, {}
+
+    monkeypatch.setattr("bench.growth.search", search)
+    with pytest.raises(SystemExit, match=rf"^the search was {outcome} after {trials} of 10 trials; measure it again"):
+        searched(10, "random", tmp_path)
 
 
 @pytest.mark.faults

@@ -57,6 +57,25 @@ def test_rows_keep_their_order_and_are_found_by_uid(tmp_path: Path) -> None:
     assert RowFile(tmp_path / "none.jsonl").read() == []
 
 
+@pytest.mark.parametrize(
+    ("uid", "changes", "said"),
+    [
+        ("a", {"metrics": {"val_area": 1.0000000000000002}}, "not a share of 1"),
+        ("a", {"metrics": {"val_loss": 1e200}}, "metrics cannot be"),
+        ("a" * 251, {}, "uid cannot be"),
+        ("a\ud800", {}, "half of a character"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_filed(
+    tmp_path: Path, uid: str, changes: dict[str, object], said: str
+) -> None:
+    """One such row, and every later read of the file is refused."""
+    file = some_rows(tmp_path / "rows.jsonl", 1)
+    with pytest.raises(UserError, match=f"is not filed, for it could not be read again: .*{said}"):
+        file.append(filed(uid, **changes))
+    assert [r["uid"] for r in RowFile(file.path).read()] == ["study-0000"]
+
+
 def test_a_uid_is_filed_once_also_by_another_process_object(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     first, second = RowFile(path), RowFile(path)

@@ -80,7 +80,8 @@ def test_search_from_end_to_end(tmp_path: Path) -> None:
     assert Counter(r["config"]["rule"] for r in controls) == {"backprop": 2, "feedback": 2}
     assert all(r["test_read"] == (r["kind"] != "search") for r in (*rows(tmp_path, name), *controls))
     assert all(r["provenance"]["versions"] for r in rows(tmp_path, name))
-    assert list((tmp_path / "results" / name / "checkpoints").iterdir()) == []
+    kept = tmp_path / "results" / name / "checkpoints"
+    assert list(kept.iterdir()) == []
 
     # the table: the best of the study, and what its rows say
     tried = sorted((r for r in rows(tmp_path, name) if r["kind"] == "search"), key=lambda r: r["uid"])
@@ -108,9 +109,13 @@ def test_search_from_end_to_end(tmp_path: Path) -> None:
     assert json.loads(json.dumps(from_rows)) == {key: first[key] for key in from_rows}
     assert "report.html" in Book(tmp_path / "results").files(parent)
 
-    # the same command again runs nothing; more trials go on; a second study shares the controls
+    # the same command again runs nothing, and removes what a kill left; more trials go on; a second study shares the
+    # controls
+    for left in (tried[0], controls[0]):
+        (kept / f"{left['uid']}.pt").touch()
     again = search(tmp_path, "--rule", "symmetric", "--trials", "3")
     assert again["outcome"] == "known"
+    assert list(kept.iterdir()) == []
     assert again["confirmed"] == first["confirmed"]
     more = search(tmp_path, "--rule", "symmetric", "--trials", "4")
     assert sum(more["trials"].values()) == 4

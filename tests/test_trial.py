@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import subprocess
 import sys
@@ -13,8 +15,9 @@ import torch
 
 from bench import trial as module
 from bench.checkpoint import read_checkpoint
-from bench.config import TrialConfig, UserError
+from bench.config import TrialConfig, TrialResult, UserError
 from bench.learning.layers import asymmetric_layers
+from bench.provenance import code_of, provenance
 from bench.training import lr_factor, prepare, train_epoch, who_learns
 from bench.trial import alignment, run_trial
 
@@ -81,6 +84,48 @@ def test_from_a_checkpoint_it_goes_on_to_the_same_result_bit_for_bit(rule: str, 
     }
     finished = run_trial(config, checkpoint=checkpoint, read_test=True)  # all epochs were done: nothing is trained
     assert finished.metrics["test_acc"] == whole.metrics["test_acc"]
+
+
+def test_a_run_that_goes_on_with_other_code_says_with_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each code trains one epoch, is killed, and the next one goes on; an old checkpoint does not say its own."""
+    config, path = small(epochs=4), tmp_path / "state.pt"
+    own = provenance("cpu")
+
+    def begin(source: str, epochs: int) -> TrialResult | None:
+        monkeypatch.setattr("bench.provenance._provenance", lambda _: {**own, "source": source})
+
+        def dies(epoch: int, _: Any) -> None:
+            if epoch == epochs:
+                raise Killed
+
+        with contextlib.suppress(Killed):
+            return run_trial(config, dies, checkpoint=str(path))
+        return None
+
+    assert begin("a", 1) is None
+    assert begin("a", 2) is None
+    assert [code["source"] for code in read_checkpoint(path)["code"]] == ["a"]
+    assert begin("b", 3) is None
+    whole = begin("c", 0)
+    assert whole is not None
+    assert whole.provenance["source"] == "c"
+    assert whole.provenance["resumed_from"] == [{**code_of(own), "source": source} for source in "ab"]
+    assert json.loads(json.dumps(whole.provenance)) == whole.provenance
+    again = begin("b", 0)
+    assert again is not None
+    assert [code["source"] for code in again.provenance["resumed_from"]] == ["a", "c"]
+
+    old = read_checkpoint(path)
+    del old["code"]
+    torch.save(old, path)
+    unsaid = begin("d", 0)
+    assert unsaid is not None
+    assert "resumed_from" not in unsaid.provenance
+    torch.save({**old, "code": [{"source": 5}]}, path)
+    with pytest.raises(UserError, match="its code is of another kind; remove it"):
+        read_checkpoint(path)
 
 
 def test_a_checkpoint_of_another_configuration_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import check_range
-from bench.verbs.common import add_json, verb
+from bench.verbs.common import add_json, folder, verb
 
 
 def add(verbs: Any) -> None:
@@ -16,7 +16,11 @@ def add(verbs: Any) -> None:
     p.add_argument("--host", metavar="IP", help="address of this machine as the others see it (else as found)")
     p.add_argument("--port", type=int, default=6379, metavar="P", help="of the cluster's head")
     p.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="a folder that all machines see"
+        "--results",
+        type=folder,
+        default=Path("results"),
+        metavar="DIR",
+        help="a folder that all machines see, or the URI of a store that all of them reach",
     )
     add_json(p)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -83,11 +84,12 @@ def add_results(parser: argparse.ArgumentParser, use: Use = "writes") -> None:
 def add_kept(parser: argparse.ArgumentParser, use: Use | None) -> None:
     """``--results``; with a URI the verb works in a copy of it (`at_hand`), but for ``use`` None."""
     text = "where results are kept: a folder, or a URI (s3://…; see `bench doctor --results URI`)"
-    parser.add_argument("--results", type=_folder, default=Path("results"), metavar="DIR", help=text)
+    parser.add_argument("--results", type=folder, default=Path("results"), metavar="DIR", help=text)
     parser.set_defaults(store=None, use=use, mirror=None)
 
 
-def _folder(text: str) -> Path | str:
+def folder(text: str) -> Path | str:
+    """A folder on this machine, or a URI."""
     return text if is_uri(text) else Path(text)
 
 
@@ -288,7 +290,11 @@ def follow(log: Path, work: Callable[[Say, Watch], T], mirror: Mirror | None = N
     from bench.streams import quiet
     from bench.terminal import Progress
 
-    with quiet(log) as (_, err), Progress(err) as bar, nullcontext() if mirror is None else mirror.heard_by(bar.say):
+    with (
+        quiet(log) as (_, err),
+        Progress(err, sys.stderr) as bar,  # sys.stderr: the log
+        nullcontext() if mirror is None else mirror.heard_by(bar.say),
+    ):
 
         def watch(source: Shown) -> Callable[[], None]:
             bar.say(f"{source.name}: {source.outlook()}; Ray's log: {log}")
