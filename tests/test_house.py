@@ -67,6 +67,7 @@ FLOORS = {
     "steps": 8,
     "speed": 9,
     "rivalry": 1,
+    "fractions": 12,
     "learning.layers": 3,
     "robustness_words": 2,
     "learning.convert": 4,

@@ -6,17 +6,37 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bench.config import UserError, check_range, unknown
-from bench.verbs.common import add_json, add_results, numbers, verb
+from bench.verbs.common import (
+    Say,
+    Watch,
+    add_json,
+    add_machines,
+    add_results,
+    add_where,
+    carry_out,
+    check_name,
+    numbers,
+    options_of,
+    parse_settings,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from bench.place import Options
+
+
+#: Of a trial whose stages are timed, and of those of a search for a fixed time.
+EPOCHS = 2
 
 
 def add(verbs: Any) -> None:
     p = verb(verbs, "speed", _speed, "measure training steps beside backprop's; or, with --trials, a search's own cost")
     p.add_argument("--arch", default="resnet18", metavar="A", help="see `bench list archs`")
     p.add_argument("--rule", default="all", metavar="R[,R...]", help="rules beside backprop; all: every named one")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--batch-size", type=int, default=128, metavar="N", help="examples in a step")
     p.add_argument("--image-size", type=int, default=32, metavar="H", help="pixels a side; 224: as ImageNet's")
     p.add_argument("--classes", type=int, default=10, metavar="C", help="that the network tells apart")
@@ -27,20 +47,29 @@ def add(verbs: Any) -> None:
     p.add_argument("--straightforward", action="store_true", help="also autograd on the energies, from the tests")
     p.add_argument("--trial", action="store_true", help="instead: where the seconds of one trial of a rule go")
     p.add_argument("--dataset", default="digits", metavar="D", help="of that trial; see `bench list datasets`")
-    p.add_argument("--data-dir", metavar="PATH", help="where the data set's files are")
-    p.add_argument("--epochs", type=int, default=2, metavar="E", help="of that trial")
+    p.add_argument("--epochs", type=int, metavar="E", help="of that trial (else 2), or of each training (else its own)")
     p.add_argument("--search", type=float, metavar="S", help="instead: search for S seconds, and as others would")
+    p.add_argument(
+        "--fractions", metavar="F[,F...]", help="instead: train with such shares of a batch for B, and whole"
+    )
+    p.add_argument("--seeds", type=int, default=5, metavar="N", help="of those trainings, paired")
+    p.add_argument("--config", action="append", default=[], type=Path, metavar="YAML", help="of a rule: a best.yaml")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
+    p.add_argument("--name", metavar="NAME", help="of the folder and of the study in MLflow")
     p.add_argument("--trials", metavar="N[,N...]", help="instead: searches of so many trials that do nothing")
     p.add_argument("--sampler", default="random", metavar="S", help="of those searches; see `bench list samplers`")
     add_json(p)
     add_results(p)
+    add_where(p)
+    add_machines(p)
 
 
 def _speed(given: argparse.Namespace) -> int:
-    instead = [name for name in ("trial", "search", "trials") if getattr(given, name)]
+    instead = [name for name in ("trial", "search", "fractions", "trials") if getattr(given, name)]
     if len(instead) > 1:
         raise UserError(f"--{' and --'.join(instead)} measure different things: give one of them.")
-    return {"trial": _trial, "search": _search, "trials": _growth}.get("".join(instead), _steps)(given)
+    modes = {"trial": _trial, "search": _search, "fractions": _fractions, "trials": _growth}
+    return modes.get("".join(instead), _steps)(given)
 
 
 def _say(line: str) -> None:
@@ -117,7 +146,7 @@ def _trial(given: argparse.Namespace) -> int:
     check_arch(given.arch)
     rule = parse_rule("backprop" if given.rule == "all" else given.rule)
     recipe = recipe_of(given.dataset, given.arch)
-    budget = {"arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
+    budget = {"arch": given.arch, "dataset": given.dataset, "epochs": EPOCHS if given.epochs is None else given.epochs}
     config = still(rule, fraction=given.fraction, **recipe, **budget)
     found = of_trial(config, data_dir=given.data_dir, device=given.device, threads=given.threads)
     where = provenance(str(pick_device(given.device)))
@@ -126,7 +155,7 @@ def _trial(given: argparse.Namespace) -> int:
         print(json.dumps({"config": config.to_dict(), "provenance": where, "stages": shares}))
         return 0
     rows = [[each.stage, f"{each.seconds:.2f}", f"{each.calls}", f"{each.share:.1%}"] for each in found]
-    title = f"a trial of {rule.name} on {given.arch}, {given.dataset}: {given.epochs} epochs"
+    title = f"a trial of {rule.name} on {given.arch}, {given.dataset}: {config.epochs} epochs"
     caption = f"n = 1; {where['device_name']}, torch {where['versions']['torch']}"
     console(sys.stdout).print(table(title, ["stage", "s", "times", "share"], rows, caption=caption, texts=1))
     return 0
@@ -142,7 +171,7 @@ def _search(given: argparse.Namespace) -> int:
     check_arch(given.arch)
     check_range("--search", "seconds", given.search, 10, 10**6)
     rule = "sparse" if given.rule == "all" else parse_rule(given.rule).name
-    trial = {"rule": rule, "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
+    trial = {"rule": rule, "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs or EPOCHS}
     found, where = compared(trial, given.search, rounds=given.rounds, say=_say), provenance("cpu")
     if given.json:
         searches = [dataclasses.asdict(each) for each in found]
@@ -159,13 +188,63 @@ def _search(given: argparse.Namespace) -> int:
         ]
         for each in found
     ]
-    title = f"{given.search:.0f} s of search: {rule} on {given.arch}, {given.dataset}, {given.epochs} epochs a trial"
+    title = f"{given.search:.0f} s of search: {rule} on {given.arch}, {given.dataset}, {trial['epochs']} epochs a trial"
     columns = ["way", "s to the first step", "trials", "an hour", "best val", "idle cores"]
     caption = (
         f"{where['cpu']}, {where['cores']:g} cores; sampler tpe, no scheduler; trials an hour: after the first step"
     )
     console(sys.stdout).print(table(title, columns, rows, caption=caption, texts=1))
     return 0
+
+
+def _fractions(given: argparse.Namespace) -> int:
+    from bench.fractions import fractions, prepare_fractions
+    from bench.recipes import check_recipe
+
+    changes = check_recipe(parse_settings(given.set))
+    if given.epochs is not None:
+        changes = {**changes, "epochs": given.epochs}
+    rules = [] if given.rule == "all" else given.rule.split(",")
+    shares = numbers("--fractions", given.fractions)
+    ready = prepare_fractions(
+        check_name(given.name or f"fractions-{given.arch}-{given.dataset}"),
+        rules,
+        shares,
+        seeds=given.seeds,
+        arch=given.arch,
+        dataset=given.dataset,
+        changes=changes,
+        files=given.config,
+        options=options_of(given),
+    )
+    place = ready.place.options
+
+    def work(say: Say, watch: Watch) -> tuple[str, dict[str, Any]]:
+        return fractions(ready, say=say, watch=watch)
+
+    return carry_out(given, ready.config.name, place, work, _show_fractions)
+
+
+def _show_fractions(outcome: str, summary: dict[str, Any], options: Options) -> None:  # noqa: ARG001
+    from bench.cells import difference, spread_of
+    from bench.terminal import console, table
+
+    for rule, found in summary["rules"].items():
+        rows = [
+            [
+                f"{line['fraction']:g}",
+                spread_of(line["val_acc"]),
+                difference(line["versus_whole"]),
+                f"{line['diverged']}",
+                f"{line['failed']}",
+            ]
+            for line in found["lines"]
+        ]
+        columns = ["share", "val acc %, ± sd", "less the whole batch's, points, 95 %", "diverged", "failed"]
+        enough = "not known yet" if found["enough"] is None else f"{found['enough']:g}"
+        caption = f"the smallest share that is not worse, nor any larger one: {enough}"
+        console(sys.stdout).print(table(f"{rule}: share of each batch that B sees", columns, rows, caption=caption))
+    print(f"compare the runs: {summary['link']}")
 
 
 def _growth(given: argparse.Namespace) -> int:
