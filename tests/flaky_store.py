@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from bench import lease, mirror
 
 
 class Flaky(MemoryFileSystem):
@@ -80,3 +84,25 @@ fsspec.register_implementation("flaky", Flaky, clobber=True)
 def away(what: str, path: str) -> None:
     """A fault: nothing answers."""
     raise ConnectionError(f"connection refused ({what} {path})")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The store is empty, and nothing waits for it."""
+    monkeypatch.setattr(mirror, "BEAT", 0.01)
+    monkeypatch.setattr(mirror, "REST", 0.0)
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    Flaky.reset()
+    yield
+    Flaky.reset()
+
+
+@pytest.fixture
+def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Work on this machine from now on."""
+    return lambda name: monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []

@@ -8,44 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import lease, mirror
+from bench import lease
 from bench.config import UserError
 from bench.lease import Lease, TakenError
 from bench.mirror import copy_of, working_copy
 from bench.objects import Store
-from flaky_store import Flaky, away
+from flaky_store import Flaky, away, on, quick, said
+
+__all__ = ["on", "quick", "said"]  # fixtures
 
 URI = "fsspec+flaky://lab/x"
 STORE = Store(URI)
 ROW = '{"uid": "s-c1", "kind": "confirm"}\n'
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mirror, "BEAT", 0.01)
-    monkeypatch.setattr(mirror, "REST", 0.0)
-    monkeypatch.setattr(lease, "SETTLE", 0.0)
-    Flaky.reset()
-    yield
-    Flaky.reset()
-
-
-@pytest.fixture
-def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Work on this machine from now on."""
-    return lambda name: monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
 
 
 def until(true: Callable[[], Any], seconds: float = 20.0) -> None:

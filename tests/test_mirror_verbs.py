@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import lease, mirror
 from bench.cli import main
 from bench.config import TrialConfig
 from bench.director import Task
@@ -21,34 +20,13 @@ from bench.probe import run_probe
 from bench.robustness import Robustness, prepare_measurement
 from bench.robustness_plan import RobustnessConfig
 from bench.rows import RowFile
-from flaky_store import Flaky, away
+from flaky_store import Flaky, away, on, quick, said
 from rehearsal import Silent, Stage, stage
 
-__all__ = ["stage"]
+__all__ = ["on", "quick", "said", "stage"]  # fixtures
 
 URI = "fsspec+flaky://lab/x"
 STORE = Store(URI)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(mirror, "BEAT", 0.01)
-    monkeypatch.setattr(mirror, "REST", 0.0)
-    monkeypatch.setattr(lease, "SETTLE", 0.0)
-    Flaky.reset()
-    yield
-    Flaky.reset()
-
-
-@pytest.fixture
-def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Work on this machine from now on."""
-    return lambda name: monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
 
 
 SEARCH = ["search", "--rule", "sparse", "--arch", "lenet", "--epochs", "2", "--sampler", "random", "--results"]
