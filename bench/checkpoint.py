@@ -21,7 +21,7 @@ from torch import nn
 
 from bench.config import TrialConfig, UserError
 from bench.disk import DiskError, on_disk
-from bench.objects import AwayError, ObjectFile, discard, is_uri, within
+from bench.objects import ObjectFile, ObjectsAwayError, discard, is_uri, within
 from bench.uploads import UPLOADS, tell
 
 _KEYS = {"config", "epoch", "history", "model", "optimizer"}
@@ -101,7 +101,7 @@ def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
         if within(path.uri, path.exists):
             return read_checkpoint(path, device)
         within(path.uri, path.try_out)
-    except AwayError as error:
+    except ObjectsAwayError as error:
         tell(f"what was saved of this run cannot be read, so it begins anew: {error}")
     return None
 

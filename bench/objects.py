@@ -54,7 +54,7 @@ _MEANINGS: tuple[tuple[str, str, bool], ...] = (
 )
 
 
-class AwayError(UserError):
+class ObjectsAwayError(UserError):
     """The store does not answer now, but may later."""
 
 
@@ -73,7 +73,7 @@ def child(uri: str, name: str) -> str:
 class Store:
     """A folder on a store. Names are relative to it, with / between; a missing one is a FileNotFoundError.
 
-    Every other error is a UserError of one line: `AwayError` if a later try may end otherwise.
+    Every other error is a UserError of one line: `ObjectsAwayError` if a later try may end otherwise.
     """
 
     uri: str
@@ -148,7 +148,7 @@ class Store:
             yield
         except FileNotFoundError as error:
             if self.version(name) is not None:
-                raise AwayError(f"{self.uri}: {name} cannot be read now; try again.") from error
+                raise ObjectsAwayError(f"{self.uri}: {name} cannot be read now; try again.") from error
             raise
 
     @contextmanager
@@ -195,7 +195,7 @@ class ObjectFile:
 
 
 def within(uri: str, call: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """What the call gives; `AwayError` if it has not ended after so many seconds."""
+    """What the call gives; `ObjectsAwayError` if it has not ended after so many seconds."""
     ends: list[Callable[[], T]] = []
 
     def work() -> None:
@@ -210,7 +210,7 @@ def within(uri: str, call: Callable[[], T], seconds: float = PATIENCE) -> T:
     thread.start()
     thread.join(seconds)
     if not ends:
-        raise AwayError(f"{uri} does not answer within {seconds:.0f} s: check its address and the network.")
+        raise ObjectsAwayError(f"{uri} does not answer within {seconds:.0f} s: check its address and the network.")
     return ends[0]()
 
 
@@ -242,7 +242,7 @@ def _translation(uri: str, error: Exception) -> UserError:
     words = f"{type(error).__name__} {said}"
     _, remedy, away = next(m for m in _MEANINGS if re.search(m[0], words, re.IGNORECASE))
     short = said if len(said) <= 200 else f"{said[:200]}…"
-    return (AwayError if away else UserError)(f"{uri}: {short.rstrip('.')}: {remedy}.")
+    return (ObjectsAwayError if away else UserError)(f"{uri}: {short.rstrip('.')}: {remedy}.")
 
 
 # --- what is not needed any more -------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def discard(file: ObjectFile) -> None:
 
 
 def remove_discarded() -> None:
-    """Remove what was discarded; what the store does not let go of now stays for the next time (`AwayError`)."""
+    """Remove what was discarded; what the store does not let go of now stays for the next time (`ObjectsAwayError`)."""
     while _discarded:
         file = _discarded[0]
         store = file.store

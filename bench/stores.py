@@ -27,7 +27,7 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433}
 _DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "sqlite")
 
 
-class AwayError(UserError):
+class MLflowAwayError(UserError):
     """The address may be right, but nobody answers there now."""
 
 
@@ -59,7 +59,7 @@ def key(uri: str, results: Path) -> str:
 def check_uri(uri: str) -> None:
     """Refuse, within seconds, a tracking uri that cannot work: UserError, one line with the remedy.
 
-    `AwayError`, if it may work later.
+    `MLflowAwayError`, if it may work later.
     """
     scheme = uri.partition("://")[0].partition("+")[0]
     if "://" not in uri or scheme not in _SCHEMES:
@@ -117,10 +117,10 @@ def _check_server(uri: str) -> None:
         error.close()
         healthy = error.code in (401, 403)  # it asks who we are: somebody is there
         if error.code in (500, 502, 503, 504):  # it, or what stands before it, is in trouble
-            raise AwayError(f"MLflow at {shown(uri)} cannot answer now (HTTP {error.code}); {remedy}.") from error
+            raise MLflowAwayError(f"MLflow at {shown(uri)} cannot answer now (HTTP {error.code}); {remedy}.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise AwayError(f"no MLflow server answers at {shown(uri)} ({reason}); {remedy}.") from error
+        raise MLflowAwayError(f"no MLflow server answers at {shown(uri)} ({reason}); {remedy}.") from error
     if not healthy:
         raise UserError(f"what answers at {shown(uri)} is not an MLflow server; {remedy}.")
 
@@ -133,7 +133,9 @@ def _check_port(uri: str, option: str) -> None:
         port = place.port or _PORTS[place.scheme.partition("+")[0]]
         socket.create_connection((place.hostname, port), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise AwayError(f"no database answers at {shown(uri)} ({error}); start it or correct {option}.") from error
+        raise MLflowAwayError(
+            f"no database answers at {shown(uri)} ({error}); start it or correct {option}."
+        ) from error
 
 
 @contextlib.contextmanager

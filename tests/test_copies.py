@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bench.config import UserError
 from bench.copies import Index, Use, belongs, bring, changed, files, send, sweep, whole_lines
 from bench.lease import TakenError
-from bench.objects import AwayError, Store
+from bench.objects import ObjectsAwayError, Store
 from bench.spool import Spool
 from bench.stores import embedded, key
 from flaky_store import Flaky, away
@@ -238,7 +238,7 @@ def test_a_kill_between_any_two_uploads_leaves_a_state_to_go_on_from(a: Machine,
 
     Flaky.fault = staticmethod(killed)
     if puts < 3:
-        with pytest.raises(AwayError):
+        with pytest.raises(ObjectsAwayError):
             a.send()
     else:
         a.send()
@@ -287,7 +287,7 @@ def stopped_between_rows_and_journal(a: Machine, *numbers: int) -> None:
             away(what, path)
 
     Flaky.fault = staticmethod(away_now)
-    with pytest.raises(AwayError):
+    with pytest.raises(ObjectsAwayError):
         a.send()
     Flaky.fault = None
 
@@ -382,7 +382,7 @@ def test_a_store_that_is_away_at_the_start_is_not_an_empty_one(a: Machine, b: Ma
     a.trial(0)
     a.send()
     Flaky.fault = staticmethod(away)
-    with pytest.raises(AwayError):
+    with pytest.raises(ObjectsAwayError):
         b.bring()
     Flaky.fault = None
     b.trial(7)  # begun anew, as if it had been empty

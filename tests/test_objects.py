@@ -13,7 +13,7 @@ import pytest
 
 from bench import objects
 from bench.config import UserError
-from bench.objects import AwayError, ObjectFile, Store, child, discard, is_uri, remove_discarded, within
+from bench.objects import ObjectFile, ObjectsAwayError, Store, child, discard, is_uri, remove_discarded, within
 from flaky_store import Flaky, away
 
 
@@ -82,7 +82,7 @@ def test_a_put_that_fails_leaves_the_old_content(monkeypatch: pytest.MonkeyPatch
             raise ConnectionResetError("reset")
 
     monkeypatch.setattr(Flaky, "fault", staticmethod(broken))
-    with pytest.raises(AwayError, match="reset"):
+    with pytest.raises(ObjectsAwayError, match="reset"):
         store.put("a", b"new")
     assert store.read("a") == b"old"
 
@@ -93,7 +93,7 @@ def test_a_put_for_which_there_is_no_room_leaves_nothing(tmp_path: Path) -> None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     try:
-        with pytest.raises(AwayError, match="make room there") as raised:
+        with pytest.raises(ObjectsAwayError, match="make room there") as raised:
             store.put("s/a", bytes(2**20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -108,7 +108,7 @@ def test_what_cannot_be_asked_for_is_not_absent(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Flaky, "fault", staticmethod(away))
     calls: list[Any] = [store.listing, lambda: store.read("a"), lambda: store.version("a"), lambda: store.put("a", b"")]
     for call in calls:
-        with pytest.raises(AwayError, match="connection refused") as raised:
+        with pytest.raises(ObjectsAwayError, match="connection refused") as raised:
             call()
         assert "\n" not in str(raised.value)
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_asked_for_is_not_absent(monkeypatch: pytest.MonkeyPatch)
 def test_a_uri_that_cannot_work_is_refused_in_one_line(uri: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
         Store(uri).check()
-    assert not isinstance(raised.value, AwayError)
+    assert not isinstance(raised.value, ObjectsAwayError)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
 
@@ -136,7 +136,7 @@ def test_a_store_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
     goes_on = threading.Event()
     monkeypatch.setattr(Flaky, "fault", staticmethod(lambda *_: goes_on.wait(30)))
     monkeypatch.setattr(objects, "PATIENCE", 0.2)
-    with pytest.raises(AwayError, match="does not answer within"):
+    with pytest.raises(ObjectsAwayError, match="does not answer within"):
         within("fsspec+flaky://lab/x", Store("fsspec+flaky://lab/x").listing, objects.PATIENCE)
     goes_on.set()
 
@@ -147,7 +147,7 @@ def test_what_is_discarded_goes_with_its_numbered_files_and_no_others(monkeypatc
         store.put(name, b"1")
     discard(ObjectFile("fsspec+flaky://lab/x/s-1.pt"))
     monkeypatch.setattr(Flaky, "fault", staticmethod(away))
-    with pytest.raises(AwayError):
+    with pytest.raises(ObjectsAwayError):
         remove_discarded()
     monkeypatch.setattr(Flaky, "fault", None)
     remove_discarded()

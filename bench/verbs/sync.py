@@ -24,12 +24,12 @@ def add(verbs: Any) -> None:
 
 
 def _sync(given: argparse.Namespace) -> int:
-    from bench.stores import AwayError
+    from bench.stores import MLflowAwayError
     from bench.sync import sync
 
     try:
         report = sync(given.results, given.tracking_uri, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except AwayError as error:
+    except MLflowAwayError as error:
         print(f"bench: nothing was delivered, and nothing is lost: {error}", file=sys.stderr)
         return DISAGREES
     if given.json:
