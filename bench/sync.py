@@ -95,8 +95,8 @@ class _Lack:
 def sync(results: Path, tracking_uri: str | None, *, say: Say) -> Report:
     """Bring MLflow up to date with the results. ``tracking_uri``: None is the embedded store (`EMBEDDED` in words).
 
-    Errors: UserError for what cannot be read, and an address that cannot work; `bench.stores.MLflowAwayError` where nobody
-    answers at first. A store that goes away meanwhile is said in the report.
+    Errors: UserError for what cannot be read, and an address that cannot work; `bench.stores.MLflowAwayError` where
+    nobody answers at first. A store that goes away meanwhile is said in the report.
     """
     if not results.is_dir():
         raise UserError(f"there is no folder {results}; name that of your results with --results.")
