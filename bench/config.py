@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, Self
@@ -61,25 +62,26 @@ def unknown(what: str, given: str, valid: Iterable[str]) -> UserError:
 def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
     """``value`` as the field's declared type, or a UserError. Integers pass for floats, nothing else is cast."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    wrong = UserError(f"{owner}: {name} must be {_describe(kind)}, not {value!r}.")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         return _convert(owner, name, value, next(a for a in arguments if a is not type(None)))
     if origin is Literal:
         if value not in arguments:
-            raise wrong
+            raise _wrong(owner, name, value, kind)
         return value
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
-            raise wrong
+            raise _wrong(owner, name, value, kind)
         return origin(_convert(owner, name, v, arguments[0]) for v in value)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise wrong
+            raise _wrong(owner, name, value, kind)
         return {k: _convert(owner, f"{name}.{k}", v, arguments[1]) for k, v in value.items()}
     if kind is Any:
         return value
+    if isinstance(kind, type) and issubclass(kind, Strict):
+        return value if isinstance(value, kind) else kind.from_dict(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -89,7 +91,15 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
         return value
     if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str) and is_text(value)):
         return value
-    raise wrong
+    raise _wrong(owner, name, value, kind)
+
+
+def _wrong(owner: str, name: str, value: Any, kind: Any) -> UserError:
+    return UserError(f"{owner}: {name} must be {_describe(kind)}, not {value!r}.")
+
+
+#: The declared types of a dataclass's fields: evaluating their text anew for each trial would take milliseconds.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def is_text(value: str) -> bool:
@@ -122,7 +132,7 @@ class Strict:
         """The configuration with these values; a missing key takes its default, an unknown one is refused."""
         if not isinstance(values, Mapping):
             raise UserError(f"{cls.__name__}: expected a mapping of keys to values, not {values!r}.")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         for key in values:
             if key not in cls.field_names():
                 raise unknown(f"key of {cls.__name__}", str(key), cls.field_names())
@@ -137,7 +147,7 @@ class Strict:
 
     def _settle(self) -> None:
         """Give every field its declared type, so that equal configurations have one digest; UserError otherwise."""
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))
         for name in self.field_names():
             value = _convert(type(self).__name__, name, getattr(self, name), hints[name])
             object.__setattr__(self, name, value)
@@ -385,16 +395,3 @@ class TrialResult(Strict):
     history: list[dict[str, float]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        if not isinstance(values, Mapping) or not isinstance(config := values.get("config"), Mapping):
-            raise UserError("TrialResult: config is missing.")
-        if "status" not in values:
-            raise UserError("TrialResult: status is missing.")
-        hints = typing.get_type_hints(cls)
-        for key in values:
-            if key not in cls.field_names():
-                raise unknown("key of TrialResult", str(key), cls.field_names())
-        rest = {k: _convert("TrialResult", k, v, hints[k]) for k, v in values.items() if k != "config"}
-        return cls(config=TrialConfig.from_dict(config), **rest)

@@ -10,6 +10,7 @@ import heapq
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -22,6 +23,27 @@ from bench.config import StudyConfig, UserError
 Distributions = Mapping[str, BaseDistribution]
 #: Parameters that only some trials have, each with the switch (a parameter too) that must be true for it.
 Conditions = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A trial to run."""
+
+    uid: str
+    number: int
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Proposal):
+    """A trial that had its full budget, and what it reached in the study's objectives."""
+
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """In the first of them."""
+        return self.values[0]
 
 
 def propose(
@@ -60,14 +82,14 @@ def shown(trials: Sequence[FrozenTrial], most: int) -> list[FrozenTrial]:
 
     With two objectives the best are those with the greatest sum.
     """
-    if len(trials) <= most:
-        return list(trials)
+    if len(trials) <= most or not most:
+        return list(trials[:most])
     recent = {t.number for t in trials[len(trials) - most // 2 :]}
     recent |= {t.number for t in trials if t.state == TrialState.RUNNING}
     valued = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in recent]
     best = heapq.nsmallest(max(0, most - len(recent)), valued, key=lambda t: (-sum(t.values), t.number))
     kept = recent | {t.number for t in best}
-    return [t for t in trials if t.number in kept] if most else []
+    return [t for t in trials if t.number in kept]
 
 
 def budget(config: StudyConfig, distributions: Distributions) -> int:

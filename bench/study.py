@@ -33,7 +33,7 @@ from bench.choices import OBJECTIVES, PATIENCE, SAMPLERS, SCHEDULERS, check_choi
 from bench.config import StudyConfig, TrialResult, UserError
 from bench.drivers import Alone, Drivers, Together, patiently
 from bench.front import spread
-from bench.proposals import Conditions, Distributions, budget, check_warm, is_diverged, propose
+from bench.proposals import Conditions, Distributions, Proposal, Ranked, budget, check_warm, is_diverged, propose
 from bench.storage import Line, StorageAwayError, hang_up, kept
 from bench.stores import shown
 
@@ -46,27 +46,6 @@ MAY_CHANGE = ("trials", "confirm_top", "confirm_seeds")
 
 #: Seconds for which what other drivers did need not be seen, where nothing is decided by it.
 _RECENT = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """A trial to run."""
-
-    uid: str
-    number: int
-    params: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranked(Proposal):
-    """A trial that had its full budget, and what it reached in the study's objectives."""
-
-    values: tuple[float, ...]
-
-    @property
-    def value(self) -> float:
-        """In the first of them."""
-        return self.values[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +94,8 @@ class Study:
             pruner=self._pruner,
         )
         self._id = storage.get_study_id_from_name(config.name)
+        self._known: list[FrozenTrial] = []
+        self._unfinished: set[int] = set()
         self._read()
         self._left = {t.number for t in self._free()}  # interrupted before this start, and said so
 
@@ -206,7 +187,7 @@ class Study:
                 user_attrs={"uid": uid},
                 system_attrs=state,
             )
-            self._study.add_trial(trial)
+            self._add(trial, number)
             self._drivers.own.add(uid)
             self._read_at = 0.0
             return Proposal(uid=uid, number=number, params=params)
@@ -214,7 +195,8 @@ class Study:
     def _free(self) -> list[FrozenTrial]:
         """The running trials that no living driver has."""
         taken = self._drivers.own | self._drivers.taken
-        return [t for t in self._known if t.state == TrialState.RUNNING and self._uid(t.number) not in taken]
+        running = [self._known[number] for number in sorted(self._unfinished)]
+        return [t for t in running if t.state == TrialState.RUNNING and self._uid(t.number) not in taken]
 
     def _take(self, trial: FrozenTrial) -> None:
         uid = self._uid(trial.number)
@@ -266,9 +248,10 @@ class Study:
             self._owed.popleft()
 
     def _should_stop(self, trial: FrozenTrial, epoch: int) -> bool:
-        verdict = self._pruner.prune(self._study, trial)  # asked in any case: it keeps its rungs' records
+        if not self._pruner.prune(self._study, trial):  # asked in any case: it keeps its rungs' records
+            return False
         others = sum(epoch in t.intermediate_values for t in self._read()) - 1
-        return bool(verdict) and others >= PATIENCE and epoch < self.config.epochs
+        return others >= PATIENCE and epoch < self.config.epochs
 
     def tell(self, uid: str, result: TrialResult) -> None:
         """Note what became of a trial.
@@ -358,9 +341,25 @@ class Study:
             raise UserError(f"{begun}; use those to go on with it, or another --name.")
 
     def _read(self) -> list[FrozenTrial]:
-        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
-        self._known, self._read_at = trials, time.monotonic()
-        return trials
+        """All trials. Where nobody else writes, only those are read again that were not over: a search of n trials
+        would else read n² of them."""
+        if self._known and not self._drivers.shared:
+            for number in self._unfinished:
+                self._known[number] = self._read_one(number)
+            self._unfinished = {n for n in self._unfinished if not self._known[n].state.is_finished()}
+        else:
+            self._known = self._study.get_trials(deepcopy=False)
+            self._unfinished = {t.number for t in self._known if not t.state.is_finished()}
+        self._read_at = time.monotonic()
+        return self._known
+
+    def _read_one(self, number: int) -> FrozenTrial:
+        return self._storage.get_trial(self._trial_id(self._uid(number)))
+
+    def _add(self, trial: FrozenTrial, number: int) -> None:
+        self._study.add_trial(trial)
+        self._known.append(self._read_one(number))  # nobody else asks now, so that it is the next
+        self._unfinished.add(number)
 
     def _trials(self) -> list[FrozenTrial]:
         """As last known, while the storage is away or where it was asked just now."""

@@ -21,9 +21,9 @@ from optuna.trial import TrialState, create_trial
 from bench.choices import SAMPLERS, check_choices, make_sampler
 from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, StudyConfig, TrialConfig, TrialResult, UserError
 from bench.learning.rules import ANY, parse_rule, subsets
-from bench.proposals import propose
+from bench.proposals import Proposal, propose
 from bench.space import Choices, Fixed, Range, Space, load_space
-from bench.study import Proposal, Study
+from bench.study import Study
 
 CHANCE = 0.1
 SPACE = load_space(ANY, "resnet18", scaling="normalized")

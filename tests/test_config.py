@@ -259,7 +259,7 @@ def test_what_a_study_must_say() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"config": None}, "TrialResult: config is missing."),
+        ({"config": None}, "TrialConfig: expected a mapping of keys to values, not None."),
         ({"config": {"rule": 3}}, "rule must be text, not 3."),
         ({"status": "done"}, "status must be one of 'finished', 'stopped', 'diverged', 'failed', not 'done'."),
         ({"colour": 1}, "unknown key of TrialResult 'colour'."),

@@ -18,7 +18,8 @@ from optuna.distributions import FloatDistribution
 from bench.choices import OBJECTIVES, PATIENCE, SAMPLERS, SCHEDULERS, check_choices
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.front import Point, hypervolume, pareto_front, spread
-from bench.study import Counts, Proposal, Ranked, Study
+from bench.proposals import Proposal, Ranked
+from bench.study import Counts, Study
 
 CHANCE = 0.1
 TRIAL = TrialConfig(rule="activation")

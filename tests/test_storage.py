@@ -16,8 +16,9 @@ from bench import storage
 from bench.choices import SAMPLERS
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.drivers import LaterError
+from bench.proposals import Proposal
 from bench.stores import check_storage, shown
-from bench.study import Counts, Proposal, Study
+from bench.study import Counts, Study
 
 SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}
 

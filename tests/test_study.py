@@ -18,8 +18,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from bench.choices import PATIENCE, SAMPLERS, SCHEDULERS, first_rung
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
-from bench.proposals import as_completed
-from bench.study import Counts, Proposal, Study
+from bench.proposals import Proposal, as_completed
+from bench.study import Counts, Study
 
 CHANCE = 0.1
 SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}

@@ -12,8 +12,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from bench.choices import SAMPLERS
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
-from bench.proposals import fits
-from bench.study import Proposal, Study
+from bench.proposals import Proposal, fits
+from bench.study import Study
 
 CHANCE = 0.1
 SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}
