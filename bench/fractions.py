@@ -170,6 +170,8 @@ def prepare_fractions(
 
     Coefficients: those of ``files`` (a best.yaml), else of the rule's own search under the results.
     """
+    if not rules and not files:
+        raise UserError("--fractions: name rules that have been searched, --rule R[,R...], or a --config FILE of each.")
     blind = [rule for rule in rules if not parse_rule(rule).sees_activity]
     if blind:
         raise UserError(f"--fractions has no effect on {', '.join(blind)}, which see no activity: leave them out.")

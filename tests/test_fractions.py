@@ -125,6 +125,7 @@ def test_the_smallest_share_below_which_nothing_is_lost(lines: list[dict[str, An
     [
         (["--rule", "symmetric"], "has no effect on symmetric"),
         (["--rule", "mirror"], "mirror-lenet-digits"),  # never searched
+        (["--rule", "all"], "name rules that have been searched"),
         (["--fractions", "0"], "fraction = 0"),
         (["--fractions", "half"], "write numbers"),
         (["--seeds", "0"], "seeds = 0"),
