@@ -28,7 +28,7 @@ def test_trial_that_does_nothing_reports_as_one_that_trains() -> None:
         (["--trials", "5"], "out of range"),
         (["--trials", "10.5"], "whole numbers"),
         (["--trials", "many"], "write numbers"),
-        (["--sampler", "luck"], "sampler"),
+        (["--trials", "10", "--sampler", "luck"], "sampler"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

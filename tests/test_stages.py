@@ -84,3 +84,22 @@ def test_shares_add_up(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_thing_is_measured(others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["speed", "--trial", *others]) == 2
     assert f"--trial and {others[0]} measure different things: give one of them." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sampler", "random"], None),
+        (["--sampler", "tpe"], "--sampler has no effect on the steps: leave it out."),
+        (["--trial", "--batch-size", "64"], "--batch-size has no effect with --trial: leave it out."),
+        (["--trials", "100", "--rule", "sparse"], "--rule has no effect with --trials: leave it out."),
+        (["--search", "60", "--threads", "2"], "--threads has no effect with --search: leave it out."),
+        (["--fractions", "0.5", "--rounds", "5"], "--rounds has no effect with --fractions: leave it out."),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    words: list[str], said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["speed", *words, *(["--arch", "no such"] if "--trials" not in words else [])]) == 2
+    err = capsys.readouterr().err
+    assert (said in err) if said else ("has no effect" not in err)

@@ -62,14 +62,36 @@ def add(verbs: Any) -> None:
     add_results(p)
     add_where(p)
     add_machines(p)
+    p.set_defaults(usual=vars(p.parse_args([])))
+
+
+#: The options that not every measurement has a use for, and those that have.
+_USES = {
+    **dict.fromkeys(("batch_size", "image_size", "classes", "precision", "straightforward"), ("steps",)),
+    **dict.fromkeys(("fraction", "threads"), ("steps", "trial")),
+    **dict.fromkeys(("arch", "rule"), ("steps", "trial", "search", "fractions")),
+    **dict.fromkeys(("dataset", "epochs"), ("trial", "search", "fractions")),
+    **dict.fromkeys(("seeds", "config", "set", "name", "concurrent", "gpus_per_trial"), ("fractions",)),
+    **dict.fromkeys(("workers_per_trial", "address"), ("fractions",)),
+    "rounds": ("steps", "search"),
+    "device": ("steps", "trial", "fractions"),
+    "data_dir": ("trial", "fractions"),
+    "sampler": ("trials",),
+    "storage": (),
+}
 
 
 def _speed(given: argparse.Namespace) -> int:
     instead = [name for name in ("trial", "search", "fractions", "trials") if getattr(given, name)]
     if len(instead) > 1:
         raise UserError(f"--{' and --'.join(instead)} measure different things: give one of them.")
-    modes = {"trial": _trial, "search": _search, "fractions": _fractions, "trials": _growth}
-    return modes.get("".join(instead), _steps)(given)
+    mode = instead[0] if instead else "steps"
+    for name, modes in _USES.items():
+        if mode not in modes and getattr(given, name) != given.usual[name]:
+            where = "on the steps" if mode == "steps" else f"with --{mode}"
+            raise UserError(f"--{name.replace('_', '-')} has no effect {where}: leave it out.")
+    runs = {"steps": _steps, "trial": _trial, "search": _search, "fractions": _fractions, "trials": _growth}
+    return runs[mode](given)
 
 
 def _say(line: str) -> None:
