@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.arithmetic import floor, layers_of
-from bench.config import Strict, TrialConfig, check_range
+from bench.config import Strict, TrialConfig, UserError, check_range
 from bench.datasets import ImageData
 from bench.datasets.memory import MemorySource
 from bench.learning.layers import asymmetric_layers
@@ -115,12 +116,13 @@ def measure(
     """A `Step` for every rule and way, backprop's first (of the first way)."""
     where = pick_device(device)
     rules = [parse_rule(name) for name in dict.fromkeys((REFERENCE, *conditions.rules))]
-    data = noise(conditions)
-    x, labels = _batch(data, conditions.batch_size, where)
+    with _one_line(conditions):
+        data = noise(conditions)
+        x, labels = _batch(data, conditions.batch_size, where)
+        plain = layers_of(prepare(conditions.config(rules[0]), data=data, device=device).model, x)
     stands: dict[tuple[str, str], tuple[Callable[[], None], float]] = {}
     floors: dict[str, float] = {}
     kept: dict[str, float] = {}
-    plain = layers_of(prepare(conditions.config(rules[0]), data=data, device=device).model, x)
     for rule in rules:
         config = conditions.config(rule)
         model = prepare(config, data=data, device=device).model
@@ -139,6 +141,19 @@ def measure(
         _step(key, conditions.rounds, times[key], times[first], floors[key[0]], memory, stands[first][1], kept[key[0]])
         for key, (_, memory) in stands.items()
     ]
+
+
+@contextmanager
+def _one_line(conditions: Conditions) -> Iterator[None]:
+    """What torch says of images that are too small for a network, or too many for the memory."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        images = f"{conditions.batch_size} images of {conditions.image_size} pixels"
+        said = str(error).strip().splitlines() or ["no reason given"]
+        raise UserError(f"{conditions.arch} cannot be trained on {images} ({said[0]}); take others.") from error
 
 
 def _step(

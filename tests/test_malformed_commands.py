@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from bench.config import TrialResult
 from bench.files import write_yaml
 from bench.growth import Growth
+from bench.steps import Step
 from malformed import ODD_TEXTS, examples, files, run, said_in_one_line
 from rehearsal import Silent
 
@@ -139,9 +140,31 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "doctor": {"--results": "results", "--json": None},
     "sync": {"--results": "results", "--tracking-uri": "sqlite:///runs.db", "--json": None},
     "cluster": {"--host": "10.0.0.1", "--port": "6379", "--results": "results", "--json": None},
-    "speed": {"--trials": "100,200", "--sampler": "tpe", "--json": None},
+    "speed": {
+        **_RUNS,
+        "--rule": "mirror",
+        "--arch": "resnet20",
+        "--batch-size": "9",
+        "--image-size": "8",
+        "--classes": "3",
+        "--precision": "bf16",
+        "--fraction": "0.5",
+        "--rounds": "5",
+        "--threads": "1",
+        "--straightforward": None,
+        "--trial": None,
+        "--dataset": "digits",
+        "--epochs": "1",
+        "--search": "60",
+        "--fractions": "0.5",
+        "--seeds": "2",
+        "--config": "known/best.yaml",
+        "--trials": "100,200",
+        "--sampler": "tpe",
+    },
 }
 NUMBERS: dict[str, Any] = dict.fromkeys(Growth.field_names(), 1.0)
+SECONDS: dict[str, Any] = {**dict.fromkeys(Step.field_names(), 1.0), "rounds": 4}
 #: What no shell can pass on: a lone surrogate that is no byte.
 WORDS = tuple(text.replace("\ud800", "\udcff") for text in ODD_TEXTS)
 #: Names of things of another kind than the one asked for.
@@ -217,10 +240,13 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "bench.growth.measure", lambda *_, **__: Growth(**{**NUMBERS, "trials": 1, "left": 0, "sampler": "tpe"})
     )
+    monkeypatch.setattr("bench.speed.measure", lambda *_, **__: [Step(**{**SECONDS, "rule": "sign", "way": "bench"})])
+    monkeypatch.setattr("bench.speed.run_trial", lambda config, *_, **__: TrialResult(config=config, status="finished"))
+    monkeypatch.setattr("bench.rivalry.compared", lambda *_, **__: [])
     monkeypatch.setattr("bench.mlflow_store.Store.deliver", lambda *_: None)
     monkeypatch.setattr("bench.mlflow_store.Store.look", lambda *_: None)
     monkeypatch.setattr("bench.train.run_trial", lambda config, *_, **__: TrialResult(config=config, status="finished"))
-    for module in ("search", "programme", "robustness", "train"):
+    for module in ("search", "programme", "robustness", "train", "speed"):
         monkeypatch.setattr(f"bench.{module}.Tracker.open", tracker)
 
 

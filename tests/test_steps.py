@@ -98,6 +98,9 @@ def test_a_share_of_the_batch_lowers_the_floor_of_rules_that_see_it() -> None:
         (["--batch-size", "0"], "batch_size = 0"),
         (["--precision", "fp8"], "precision"),
         (["--device", "tpu"], "tpu"),
+        (["--threads", "0"], "threads = 0"),
+        (["--arch", "resnet18", "--image-size", "1", "--batch-size", "1"], "cannot be trained on 1 images of 1 pixels"),
+        (["--image-size", "100000", "--batch-size", "100000"], "cannot be trained on 100000 images"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_in_a_line(

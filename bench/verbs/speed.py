@@ -82,7 +82,7 @@ _USES = {
 
 
 def _speed(given: argparse.Namespace) -> int:
-    instead = [name for name in ("trial", "search", "fractions", "trials") if getattr(given, name)]
+    instead = [name for name in ("trial", "search", "fractions", "trials") if getattr(given, name) not in (None, False)]
     if len(instead) > 1:
         raise UserError(f"--{' and --'.join(instead)} measure different things: give one of them.")
     mode = instead[0] if instead else "steps"
@@ -90,6 +90,8 @@ def _speed(given: argparse.Namespace) -> int:
         if mode not in modes and getattr(given, name) != given.usual[name]:
             where = "on the steps" if mode == "steps" else f"with --{mode}"
             raise UserError(f"--{name.replace('_', '-')} has no effect {where}: leave it out.")
+    check_range("--threads", "threads", given.threads, 1, 10**4)
+    check_range("--epochs", "epochs", given.epochs, 1, 10**9)
     runs = {"steps": _steps, "trial": _trial, "search": _search, "fractions": _fractions, "trials": _growth}
     return runs[mode](given)
 
