@@ -164,3 +164,10 @@ def test_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = Book(tmp_path / "r")
     assert len(book.children("fractions-lenet-digits")) == 4
     assert book.parent("fractions-lenet-digits").data.metrics["enough/mirror"] in (0.25, 1.0)
+
+
+def test_its_folder_is_no_other_study(stage: Callable[[Formula], Stage], tmp_path: Path) -> None:
+    stage(lambda _: 0.8)
+    played(ready(tmp_path))
+    words = ["--rule", "decay", "--arch", "lenet", "--name", "f", "--results", str(tmp_path / "results")]
+    assert main(["search", *words]) == 2
