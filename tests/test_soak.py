@@ -97,4 +97,5 @@ def _agrees(book: Book, rows: list[dict[str, Any]]) -> None:
     assert book.parent(NAME).info.status == "FINISHED"
     for row in rows:
         points = book.points(children[row["uid"]], "epoch")
-        assert [step for step, _ in points] == list(range(1, EPOCHS + 1)), row["uid"]
+        # each once; what a killed driver had not delivered may come after what the next one tells
+        assert sorted(step for step, _ in points) == list(range(1, EPOCHS + 1)), row["uid"]
