@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.arithmetic import floor, layers_of
+from bench.arithmetic import Layer, floor, layers_of
 from bench.config import Strict, TrialConfig, UserError, check_range
 from bench.datasets import ImageData
 from bench.datasets.memory import MemorySource
@@ -119,16 +119,13 @@ def measure(
     with _one_line(conditions):
         data = noise(conditions)
         x, labels = _batch(data, conditions.batch_size, where)
-        plain = layers_of(prepare(conditions.config(rules[0]), data=data, device=device).model, x)
+        looked = {rule.name: _look(conditions.config(rule), data, x) for rule in rules}
+    plain, _ = looked[REFERENCE]
+    floors = {rule.name: floor(looked[rule.name][0], plain, rule, conditions.fraction) for rule in rules}
+    kept = {rule.name: looked[rule.name][1] * (2 if rule.learns else 1) for rule in rules}
     stands: dict[tuple[str, str], tuple[Callable[[], None], float]] = {}
-    floors: dict[str, float] = {}
-    kept: dict[str, float] = {}
     for rule in rules:
         config = conditions.config(rule)
-        model = prepare(config, data=data, device=device).model
-        floors[rule.name] = floor(layers_of(model, x), plain, rule, conditions.fraction)
-        kept[rule.name] = _megabytes(_feedback(model)) * (2 if rule.learns else 1)
-        del model
         for way, make in ways.items():
             if stands and not rule.learns and way != next(iter(ways)):
                 continue  # without energies there is one way only
@@ -141,6 +138,12 @@ def measure(
         _step(key, conditions.rounds, times[key], times[first], floors[key[0]], memory, stands[first][1], kept[key[0]])
         for key, (_, memory) in stands.items()
     ]
+
+
+def _look(config: TrialConfig, data: ImageData, x: Tensor) -> tuple[list[Layer], float]:
+    """The layers that a pass through this network meets, and the MB of its feedback weights; the network is let go."""
+    model = prepare(config, data=data, device=str(x.device)).model
+    return layers_of(model, x), _megabytes(_feedback(model))
 
 
 @contextmanager
