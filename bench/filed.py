@@ -28,6 +28,7 @@ _HEADLINES: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "robustness": headlines.robustness,
     "transfer": headlines.transfer,
     "matrix": headlines.matrix,
+    "fractions": headlines.fractions,
 }
 
 #: The settings of a study that are tags of its run, as ``bench.<name>``, and how they are found.
@@ -35,6 +36,7 @@ _TAGS: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "search": lambda config: {name: config[name] for name in ("rule", "arch", "seed")},
     "robustness": lambda config: {"arch": _first(config)["arch"], "rules": ",".join(config["rules"])},
     "transfer": lambda config: {"rules": ",".join(config["rules"]), "source": config["source"]},
+    "fractions": lambda config: {"rules": ",".join(config["rules"])},
     "matrix": lambda config: {"archs": ",".join(config["archs"]), "primitives": ",".join(config["primitives"])},
 }
 
@@ -73,7 +75,7 @@ def read_filed(found: Found) -> Filed:
     if not (isinstance(config, dict) and isinstance(identity, str)):
         raise UserError(f"{path} is damaged: it has no config, or no id. Restore it.")
     try:
-        dataset = _first(config)["dataset"] if found.kind == "robustness" else config["dataset"]
+        dataset = (_first(config) if found.kind in ("robustness", "fractions") else config)["dataset"]
         common = {
             "name": str(config["name"]),  # also where its folder was renamed
             "identity": identity,

@@ -6,19 +6,19 @@ differences are paired by seed. Only validation is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import headlines
 from bench.checkpoint import location
 from bench.config import Strict, TrialConfig, UserError, check_range, digest
 from bench.director import WAIT, Task, Wait
-from bench.files import write_atomic
 from bench.learning.rules import parse_rule
+from bench.pages.fractions import fractions_page
 from bench.place import Options, Place, survey
-from bench.programme import recorded
+from bench.programme import conclude, recorded
 from bench.robustness_plan import rules_of
 from bench.rows import Row, RowFile
 from bench.runs import Outcome, Planned, Recorder, Runs, carry_out
@@ -88,8 +88,19 @@ class Fractions(Runs):
 
     def summary(self) -> dict[str, Any]:
         """What is known by now, rule by rule."""
-        rules = {rule: self._of_rule(rule) for rule in self.config.rules}
-        return {"name": self.name, "complete": self.complete and not self._running, "rules": rules}
+        first = TrialConfig.from_dict(next(iter(self.config.rules.values())))
+        status = [row["status"] for uid in self._uids.values() if (row := self._row_of(uid)) is not None]
+        return {
+            "study": self.name,
+            "complete": self.complete and not self._running,
+            "arch": first.arch,
+            "dataset": first.dataset,
+            "epochs": first.epochs,
+            "batch_size": first.batch_size,
+            "seeds": list(self.config.all_seeds()),
+            "runs": {name: status.count(name) for name in ("finished", "diverged", "failed")},
+            "rules": {rule: self._of_rule(rule) for rule in self.config.rules},
+        }
 
     def _of_rule(self, rule: str) -> dict[str, Any]:
         rows = {fraction: self._by_seed(rule, fraction) for fraction in self.config.shares()}
@@ -198,9 +209,5 @@ def fractions(
         source.sweep()
         outcome = carry_out(source, place, folder / "ray.log", say=say, watch=watch)
         summary = source.summary()
-        write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        smallest = {f"enough/{rule}": found["enough"] for rule, found in summary["rules"].items()}
-        tracker.headline({name: value for name, value in smallest.items() if value is not None})
-        tracker.artifacts([folder / name for name in (BOOK, "rows.jsonl", "summary.json") if (folder / name).exists()])
-        tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
-        return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
+        numbers = headlines.fractions(summary)
+        return outcome, conclude(tracker, folder, BOOK, summary, headline=numbers, page=fractions_page, end=outcome)

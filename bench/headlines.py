@@ -58,3 +58,10 @@ def matrix(summary: Mapping[str, Any]) -> dict[str, float]:
             if effect["test_acc"]:
                 found[f"{arch}/effect/{effect['primitive']}"] = effect["test_acc"]["mean"]
     return found
+
+
+def fractions(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The smallest share that is enough, by rule, where one is known."""
+    return {
+        f"enough/{rule}": found["enough"] for rule, found in summary["rules"].items() if found["enough"] is not None
+    }

@@ -19,14 +19,13 @@ BOOKS = {
     "robustness.yaml": "a measurement of robustness",
     "transfer.yaml": "a transfer",
     "matrix.yaml": "a matrix",
+    "fractions.yaml": "a measurement of shares of the batch",
 }
-#: And those of which there is no page.
-BOOKS_WITHOUT_PAGE = {"fractions.yaml": "a measurement of shares of the batch"}
 
 
 def check_kind(folder: Path, own: str) -> None:
     """UserError if the folder is of another kind than ``own``, the name of a book."""
-    for book, kind in {**BOOKS, **BOOKS_WITHOUT_PAGE}.items():
+    for book, kind in BOOKS.items():
         if book != own and (folder / book).exists():
             raise UserError(f"{folder} holds {kind}; give this another --name.")
 

@@ -16,7 +16,7 @@ from bench.recipes import RECIPE_FIELDS
 from bench.rows import Row, RowFile, control_uid, last_attempts
 from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, summarize
 
-StudyKind = Literal["search", "robustness", "transfer", "matrix"]
+StudyKind = Literal["search", "robustness", "transfer", "matrix", "fractions"]
 
 #: The kind of a study, by its book.
 KINDS: dict[str, StudyKind] = {
@@ -24,6 +24,7 @@ KINDS: dict[str, StudyKind] = {
     "robustness.yaml": "robustness",
     "transfer.yaml": "transfer",
     "matrix.yaml": "matrix",
+    "fractions.yaml": "fractions",
 }
 #: The kind of a study of which only rows are there, by the kind of its rows.
 _KINDS_OF_ROWS: dict[str, StudyKind] = {
@@ -31,6 +32,7 @@ _KINDS_OF_ROWS: dict[str, StudyKind] = {
     "confirm": "search",
     "robustness": "robustness",
     "transfer": "transfer",
+    "speed": "fractions",
 }
 #: The defaults of a run: what an older row, which lacks a newer field, was trained with.
 USUAL = TrialConfig(rule=REFERENCE).to_dict()

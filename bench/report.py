@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from bench.cells import difference, spread_of
 from bench.config import UserError
+from bench.pages.fractions import fractions_page
 from bench.pages.index import Entry, index_page
 from bench.pages.matrix import matrix_page
 from bench.pages.parts import Page
@@ -107,6 +108,7 @@ def _page(found: Found) -> tuple[Page, Entry]:
         "robustness": (replay.robustness_again, robustness_page),
         "transfer": (replay.transfer_again, transfer_page),
         "matrix": (replay.matrix_again, matrix_page),
+        "fractions": (replay.fractions_again, fractions_page),
     }
     if found.folder.is_file():
         raise UserError(f"{found.folder}: rows of a {found.kind} alone make no page; give the folder with its book.")
@@ -153,7 +155,8 @@ def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
 
 
 def _plan_entry(found: Found, summary: dict[str, Any]) -> Entry:
-    what = {"robustness": _of_robustness, "transfer": _of_transfer, "matrix": _of_matrix}[found.kind](summary)
+    of = {"robustness": _of_robustness, "transfer": _of_transfer, "matrix": _of_matrix, "fractions": _of_fractions}
+    what = of[found.kind](summary)
     return Entry(
         name=found.name,
         kind=found.kind,
@@ -174,6 +177,17 @@ def _of_robustness(summary: dict[str, Any]) -> dict[str, str]:
         "budget": f"{len(summary['seeds'])} seeds × {summary['epochs']} epochs",
         "runs": _counts(summary["runs"]),
         "headline": ", ".join(site["site"] for site in summary["sites"]),
+    }
+
+
+def _of_fractions(summary: dict[str, Any]) -> dict[str, str]:
+    rules = summary["rules"]
+    known = [f"{rule} {found['enough']:g}" for rule, found in rules.items() if found["enough"] is not None]
+    return {
+        "what": f"{', '.join(rules)} on {summary['arch']}, {summary['dataset']}",
+        "budget": f"{len(summary['seeds'])} seeds × {summary['epochs']} epochs",
+        "runs": _counts(summary["runs"]),
+        "headline": f"enough: {', '.join(known)}" if known else "nothing is known yet",
     }
 
 

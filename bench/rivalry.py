@@ -10,16 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bench
 from bench.config import Strict, UserError
+from bench.statistics import estimate
 
 #: bench; study.optimize in one process; Ray Tune with its own OptunaSearch and MLflowLoggerCallback.
 WAYS = ("bench", "optuna", "ray")
+#: What is measured of each.
+NUMBERS = ("first_step", "trials", "per_hour", "best", "idle")
 #: Seconds that a way has to end after its time.
 GRACE = 60.0
 
@@ -44,7 +47,10 @@ class Search(Strict):
 
 
 def compared(trial: Mapping[str, Any], seconds: float, *, rounds: int, say: Callable[[str], None]) -> list[Search]:
-    """Every way, one after the other, in each round. ``trial``: rule, arch, dataset, epochs. UserError if one fails."""
+    """Every way, one after the other, in each round. ``trial``: rule, arch, dataset, epochs. UserError if one fails.
+
+    The sampler's seed is the round's number, that of the networks always 0.
+    """
     script = Path(bench.__file__).parents[1] / "tests" / "rivals.py"
     if not script.exists():
         raise UserError("--search compares with programs in the tests, which are not installed: run it in a checkout.")
@@ -54,8 +60,19 @@ def compared(trial: Mapping[str, Any], seconds: float, *, rounds: int, say: Call
         for way in (*WAYS[turn:], *WAYS[:turn]):
             say(f"round {number + 1} of {rounds}: {way}, {seconds:.0f} s …")
             with tempfile.TemporaryDirectory(prefix="bench-rival-", ignore_cleanup_errors=True) as folder:
-                found.append(_run(script, way, trial, seconds, Path(folder)))
+                found.append(_run(script, way, {**trial, "seed": number}, seconds, Path(folder)))
     return sorted(found, key=lambda search: WAYS.index(search.way))
+
+
+def over_rounds(found: Sequence[Search]) -> dict[str, dict[str, dict[str, float | int | None] | None]]:
+    """For every way, each of its numbers over its rounds, as `bench.statistics.estimate` has it; None: it has none."""
+    ways = {way: [search for search in found if search.way == way] for way in WAYS}
+    return {way: {name: _estimate(searches, name) for name in NUMBERS} for way, searches in ways.items()}
+
+
+def _estimate(searches: Sequence[Search], name: str) -> dict[str, float | int | None] | None:
+    known = [float(value) for search in searches if (value := getattr(search, name)) is not None]
+    return estimate(known).to_dict() if known else None
 
 
 def _run(script: Path, way: str, trial: Mapping[str, Any], seconds: float, folder: Path) -> Search:

@@ -1,4 +1,4 @@
-"""`bench speed` of training steps: recorded in MLflow, a run for each rule, and printed."""
+"""`bench speed` of training steps and of a trial's stages: measured, and recorded in MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,16 @@ def timed(
         torch.set_num_threads(threads)
     ways: dict[str, Way] = {OURS: ours, **({STRAIGHTFORWARD: _the_obvious()} if straightforward else {})}
     found = measure(conditions, ways, device=device, say=say)
-    where = {**provenance(str(pick_device(device))), "threads": torch.get_num_threads()}
-    _record(found, conditions, where, results, tracking_uri, say)
+    where = _here(device)
+    runs = {
+        f"{STUDY}-{conditions.arch}-{step.rule}-{step.way}": (
+            conditions.config(parse_rule(step.rule)),
+            {n: float(v) for n, v in dataclasses.asdict(step).items() if not isinstance(v, str)},
+            {"bench.rule": step.rule, "bench.way": step.way},
+        )
+        for step in found
+    }
+    _record(runs, where, results, tracking_uri, say)
     return found, where
 
 
@@ -61,15 +69,36 @@ class Share(Strict):
     share: float
 
 
-def of_trial(config: TrialConfig, *, data_dir: str | None, device: str, threads: int | None) -> list[Share]:
-    """Where one trial's seconds go, the longest stage first; "rest": what is in none. A checkpoint is kept, as ever."""
+def of_trial(
+    config: TrialConfig,
+    *,
+    data_dir: str | None,
+    device: str,
+    threads: int | None,
+    results: Path,
+    tracking_uri: str | None,
+    say: Callable[[str], None],
+) -> tuple[list[Share], dict[str, Any]]:
+    """Where one trial's seconds go, the longest stage first, and where it ran; recorded. "rest": what is in no stage.
+
+    A checkpoint is kept, as ever.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder, listening() as clock:
         began = time.perf_counter()
         run_trial(config, data_dir=data_dir, device=device, threads=threads, checkpoint=str(Path(folder) / "trial.pt"))
         whole = time.perf_counter() - began
     seconds = {**clock.seconds, "rest": whole - sum(clock.seconds.values())}
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
-    return [Share(stage=n, seconds=s, calls=clock.calls.get(n, 1), share=s / whole) for n, s in ordered]
+    found = [Share(stage=n, seconds=s, calls=clock.calls.get(n, 1), share=s / whole) for n, s in ordered]
+    where = _here(device)
+    metrics = {f"{name}/{each.stage}": getattr(each, name) for each in found for name in ("seconds", "calls", "share")}
+    tags = {"bench.rule": config.rule, "bench.way": "a trial's stages"}
+    _record({f"{STUDY}-{config.arch}-{config.rule}-trial": (config, metrics, tags)}, where, results, tracking_uri, say)
+    return found, where
+
+
+def _here(device: str) -> dict[str, Any]:
+    return {**provenance(str(pick_device(device))), "threads": torch.get_num_threads()}
 
 
 def _the_obvious(tests: Path = Path(bench.__file__).parents[1] / "tests") -> Way:
@@ -85,20 +114,18 @@ def _the_obvious(tests: Path = Path(bench.__file__).parents[1] / "tests") -> Way
 
 
 def _record(
-    found: Sequence[Step],
-    conditions: Conditions,
+    runs: Mapping[str, tuple[TrialConfig, Mapping[str, float], Mapping[str, str]]],
     where: dict[str, Any],
     results: Path,
     tracking_uri: str | None,
     say: Callable[[str], None],
 ) -> None:
+    """By name, what was timed, its numbers and its tags; each time they are new runs."""
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
-    run = digest([conditions.to_dict(), time.time_ns()])[:8]
+    this = digest([sorted(runs), time.time_ns()])[:8]
     with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
         tracker.study(STUDY, config={}, identity="bench speed", live=None)  # other measurements may be under way
-        for step in found:
-            uid = f"{STUDY}-{conditions.arch}-{step.rule}-{step.way}-{run}"
-            config = conditions.config(parse_rule(step.rule))
-            metrics = {n: float(v) for n, v in dataclasses.asdict(step).items() if not isinstance(v, str)}
-            tracker.start(uid, "speed", config, {"bench.rule": step.rule, "bench.way": step.way})
-            tracker.finish(uid, TrialResult(config=config, status="finished", metrics=metrics, provenance=where))
+        for name, (config, metrics, tags) in runs.items():
+            tracker.start(f"{name}-{this}", "speed", config, tags)
+            result = TrialResult(config=config, status="finished", metrics=dict(metrics), provenance=where)
+            tracker.finish(f"{name}-{this}", result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -188,16 +189,17 @@ def _step(
 
 
 def race(contestants: Mapping[Any, Callable[[], None]], rounds: int, device: torch.device) -> dict[Any, list[float]]:
-    """Seconds of each contestant's step in each round; who begins changes from round to round."""
+    """Seconds of each contestant's step in each round. The order is drawn anew for each: nobody always follows the same
+    other one, whose freed memory and heat it would inherit."""
     keys = list(contestants)
     times: dict[Any, list[float]] = {key: [] for key in keys}
     steps = 1 + int(TURN / max(1e-6, min(_seconds(contestants[key], 1, device) for key in keys)))
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for number in range(rounds):
-            turn = number % len(keys)
-            for key in (*keys[turn:], *keys[:turn]):
+        for _ in range(rounds):
+            for key in order.sample(keys, len(keys)):
                 times[key].append(_seconds(contestants[key], steps, device))
     finally:
         gc.enable()

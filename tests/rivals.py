@@ -1,9 +1,9 @@
 """Three ways to search for a fixed time, with one trial function: python rivals.py WAY FOLDER JSON.
 
 ``bench``; ``optuna``, a plain loop of study.optimize in one process; ``ray``, Ray Tune with its OptunaSearch and its
-MLflowLoggerCallback, as its documentation shows them. The sampler is TPE with one seed, nothing is stopped early,
-MLflow is an SQLite file where there is one, and each has the whole machine. `bench speed --search` runs them one after
-another and reads what the trial function notes in FOLDER/ends.jsonl.
+MLflowLoggerCallback, as its documentation shows them. The sampler is TPE with the seed that JSON has, nothing is
+stopped early, MLflow is an SQLite file where there is one, and each has the whole machine. `bench speed --search` runs
+them one after another and reads what the trial function notes in FOLDER/ends.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from bench.space import load_space
 from bench.trial import run_trial
 
 FOLDER = "BENCH_RIVALS"
-SEED = 7
 
 
 def trial(config: TrialConfig, report: Callable[[int, Mapping[str, float]], None], **options: Any) -> TrialResult:
@@ -58,7 +57,7 @@ def of_bench(given: Mapping[str, Any], folder: Path) -> None:
         trials=10**6,
         sampler="tpe",
         scheduler="none",
-        seed=SEED,
+        seed=given["seed"],
         confirm_seeds=0,
         recipe=recipe_of(given["dataset"], given["arch"]),
         space=space.to_dict(),
@@ -72,7 +71,7 @@ def of_optuna(given: Mapping[str, Any], folder: Path) -> None:
     import optuna
 
     space = load_space(given["rule"], given["arch"])
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=SEED))
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=given["seed"]))
 
     def objective(asked: optuna.Trial) -> float:
         params = {name: asked._suggest(name, d) for name, d in space.distributions().items()}
@@ -102,7 +101,7 @@ def of_ray(given: Mapping[str, Any], folder: Path) -> None:
 
     import optuna
 
-    search = OptunaSearch(metric="val_acc", mode="max", sampler=optuna.samplers.TPESampler(seed=SEED))
+    search = OptunaSearch(metric="val_acc", mode="max", sampler=optuna.samplers.TPESampler(seed=given["seed"]))
     ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False)
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),

@@ -13,7 +13,10 @@ import pytest
 from bench.cli import main
 from bench.config import TrialConfig, UserError
 from bench.fractions import FIRST_SEED, FractionsConfig, Ready, enough, fractions, prepare_fractions
+from bench.pages.fractions import fractions_page
+from bench.pages.parts import Absent
 from bench.place import Options
+from bench.replay import fractions_again
 from mlflow_book import Book
 from rehearsal import Formula, Stage, rows, stage
 
@@ -164,6 +167,35 @@ def test_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = Book(tmp_path / "r")
     assert len(book.children("fractions-lenet-digits")) == 4
     assert book.parent("fractions-lenet-digits").data.metrics["enough/mirror"] in (0.25, 1.0)
+    from_the_rows_alone(tmp_path / "r", capsys)
+
+
+def from_the_rows_alone(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its summary, its page, its line in the index, and its runs in an MLflow that lacks them."""
+    folder = results / "fractions-lenet-digits"
+    assert fractions_again(folder) == json.loads((folder / "summary.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert "mirror: " in page
+    assert main(["report", "--results", str(results), "--out", str(results / "out")]) == 0
+    assert (results / "out" / "fractions-lenet-digits.html").read_text() == page
+    assert "Shares of the batch" in (results / "out" / "index.html").read_text()
+    capsys.readouterr()
+    other = f"sqlite:///{results / 'other.db'}"
+    for recorded in (4, 0):
+        assert main(["sync", "--results", str(results), "--tracking-uri", other, "--json"]) == 0
+        (synced,) = json.loads(capsys.readouterr().out)["studies"]
+        assert (synced["study"], synced["recorded"], synced["agrees"]) == (folder.name, recorded, True)
+
+
+def test_before_two_trainings_of_one_seed_there_is_nothing_to_draw(
+    stage: Callable[[Formula], Stage], tmp_path: Path
+) -> None:
+    stage(lambda _: 0.8).stop_after = 1
+    outcome, found = fractions(ready(tmp_path), say=lambda _: None)
+    assert outcome == "interrupted"
+    (losses, *_), lines = fractions_page(found).sections[0].parts, fractions_page(found).lines
+    assert isinstance(losses, Absent)
+    assert lines[0].startswith("Not all is trained yet")
 
 
 def test_its_folder_is_no_other_study(stage: Callable[[Formula], Stage], tmp_path: Path) -> None:

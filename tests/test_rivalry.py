@@ -19,6 +19,7 @@ from pathlib import Path
 way, folder, trial = sys.argv[1:]
 if json.loads(trial)["rule"] == "fails":
     sys.exit("no such thing")
+(Path(__file__).parents[1] / "seeds.jsonl").open("a").write(trial + chr(10))
 began = time.time()
 ends = [(began + 0.2, began + 0.6, 0.5), (None, began + 0.7, 0.1), (began + 0.8, began + 100, 0.9)]
 for first, end, acc in ends[: 0 if way == "optuna" else 3]:
@@ -49,6 +50,29 @@ def test_trials_that_end_in_time_are_counted_from_the_first_step_on() -> None:
         assert bench.idle is not None
         assert 0.0 <= bench.idle <= 1.0
     assert len(said) == 3
+
+
+def test_rounds_are_summed_up_way_by_way() -> None:
+    def found(way: str, best: float | None, trials: int) -> rivalry.Search:
+        return rivalry.Search(
+            way=way, seconds=9.0, first_step=None, trials=trials, per_hour=2.0 * trials, best=best, idle=0.25
+        )
+
+    known = rivalry.over_rounds([found("bench", 0.5, 2), found("bench", 0.7, 4), found("ray", None, 0)])
+    assert known["bench"]["best"] is not None
+    assert (known["bench"]["best"]["mean"], known["bench"]["best"]["n"]) == (pytest.approx(0.6), 2)
+    assert known["bench"]["trials"] is not None
+    assert known["bench"]["trials"]["sd"] == pytest.approx(2**0.5)
+    assert known["ray"]["best"] is None
+    assert set(known) == set(rivalry.WAYS)
+    assert all(each is None for each in known["optuna"].values())
+
+
+@pytest.mark.usefixtures("scripted")
+def test_each_round_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    rivalry.compared({"rule": "sparse"}, 1.0, rounds=2, say=lambda _: None)
+    seeds = [json.loads(line)["seed"] for line in (tmp_path / "seeds.jsonl").read_text().splitlines()]
+    assert sorted(seeds) == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.usefixtures("scripted")

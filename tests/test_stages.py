@@ -12,6 +12,7 @@ from bench.cli import main
 from bench.config import TrialConfig
 from bench.stages import listening, stage, waiting
 from bench.trial import run_trial
+from mlflow_book import Book
 
 
 def test_what_is_within_another_stage_is_not_counted_twice() -> None:
@@ -72,9 +73,15 @@ def test_a_trial_has_each_stage_as_often_as_it_happens(tmp_path: Path) -> None:
     }
 
 
-def test_shares_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["speed", "--trial", "--rule", "sparse", "--arch", "lenet", "--epochs", "1", "--json"]) == 0
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own use
+def test_shares_add_up_and_are_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rule", "sparse", "--arch", "lenet", "--epochs", "1", "--results", str(tmp_path)]
+    assert main(["speed", "--trial", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    (run,) = Book(tmp_path).children("speed").values()
+    assert run.data.tags["bench.way"] == "a trial's stages"
+    for each in found["stages"]:
+        assert run.data.metrics[f"seconds/{each['stage']}"] == pytest.approx(each["seconds"])
     assert sum(each["share"] for each in found["stages"]) == pytest.approx(1.0)
     assert {each["stage"] for each in found["stages"]} >= {"prepare", "data", "forward", "backward", "update", "rest"}
     assert found["config"]["batch_size"] == 32  # the recipe's
@@ -94,6 +101,7 @@ def test_one_thing_is_measured(others: list[str], capsys: pytest.CaptureFixture[
         (["--trial", "--batch-size", "64"], "--batch-size has no effect with --trial: leave it out."),
         (["--trials", "100", "--rule", "sparse"], "--rule has no effect with --trials: leave it out."),
         (["--search", "60", "--threads", "2"], "--threads has no effect with --search: leave it out."),
+        (["--search", "60", "--results", "r"], "--results has no effect with --search: leave it out."),
         (["--fractions", "0.5", "--rounds", "5"], "--rounds has no effect with --fractions: leave it out."),
     ],
 )

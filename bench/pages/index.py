@@ -12,8 +12,14 @@ from bench.looks import look
 from bench.pages.matrix_points import NEUTRAL, cut, percent, said, seeds
 from bench.pages.parts import Absent, Cell, Figure, Link, Page, Part, Section, Table, plot, whiskers
 
-KINDS = ("search", "robustness", "transfer", "matrix")
-PLURALS = {"search": "Searches", "robustness": "Robustness", "transfer": "Transfers", "matrix": "Matrices"}
+KINDS = ("search", "robustness", "transfer", "matrix", "fractions")
+PLURALS = {
+    "search": "Searches",
+    "robustness": "Robustness",
+    "transfer": "Transfers",
+    "matrix": "Matrices",
+    "fractions": "Shares of the batch",
+}
 
 COLUMNS = ("study", "what", "result", "complete", "budget", "runs", "file changed")
 
@@ -39,7 +45,7 @@ class Entry:
     """
 
     name: str
-    kind: Literal["search", "robustness", "transfer", "matrix"]
+    kind: Literal["search", "robustness", "transfer", "matrix", "fractions"]
     href: str | None
     what: str
     budget: str

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--classes", type=int, default=10, metavar="C", help="that the network tells apart")
     p.add_argument("--precision", default="auto", help="auto (bf16 on a GPU), float32, bf16")
     p.add_argument("--fraction", type=float, default=1.0, metavar="F", help="share of a batch that B learns from")
-    p.add_argument("--rounds", type=int, default=11, metavar="N", help="in each, every rule takes a turn")
+    p.add_argument("--rounds", type=int, metavar="N", help="in each, every rule takes a turn (else 11; of searches 3)")
     p.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (else torch's own)")
     p.add_argument("--straightforward", action="store_true", help="also autograd on the energies, from the tests")
     p.add_argument("--trial", action="store_true", help="instead: where the seconds of one trial of a rule go")
@@ -65,6 +66,9 @@ def add(verbs: Any) -> None:
     p.set_defaults(usual=vars(p.parse_args([])))
 
 
+#: Title, columns, rows, caption.
+Table = tuple[str, list[str], list[list[str]], str | None]
+
 #: The options that not every measurement has a use for, and those that have.
 _USES = {
     **dict.fromkeys(("batch_size", "image_size", "classes", "precision", "straightforward"), ("steps",)),
@@ -76,6 +80,7 @@ _USES = {
     "rounds": ("steps", "search"),
     "device": ("steps", "trial", "fractions"),
     "data_dir": ("trial", "fractions"),
+    **dict.fromkeys(("results", "tracking_uri"), ("steps", "trial", "fractions")),
     "sampler": ("trials",),
     "storage": (),
 }
@@ -100,12 +105,23 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _show(given: argparse.Namespace, known: Any, table: Callable[[], Table], texts: int = 1) -> int:
+    """All that is known, as JSON; or a table of it, whose first ``texts`` columns are no numbers."""
+    from bench import terminal
+
+    if given.json:
+        print(json.dumps(known))
+        return 0
+    title, columns, rows, caption = table()
+    terminal.console(sys.stdout).print(terminal.table(title, columns, rows, caption=caption, texts=texts))
+    return 0
+
+
 def _steps(given: argparse.Namespace) -> int:
     from bench.learning.rules import RULES, parse_rule
     from bench.models import check_arch
     from bench.speed import timed
     from bench.steps import Conditions
-    from bench.terminal import console, table
 
     check_arch(given.arch)
     rules = list(RULES) if given.rule == "all" else [parse_rule(name).name for name in given.rule.split(",")]
@@ -117,7 +133,7 @@ def _steps(given: argparse.Namespace) -> int:
         classes=given.classes,
         precision=given.precision,
         fraction=given.fraction,
-        rounds=given.rounds,
+        rounds=11 if given.rounds is None else given.rounds,
     )
     found, where = timed(
         conditions,
@@ -128,97 +144,95 @@ def _steps(given: argparse.Namespace) -> int:
         tracking_uri=given.tracking_uri,
         say=_say,
     )
-    if given.json:
-        steps = [dataclasses.asdict(each) for each in found]
-        print(json.dumps({"conditions": conditions.to_dict(), "provenance": where, "steps": steps}))
-        return 0
-    columns = ["rule", "way", "ms", "/ backprop", "quartiles", "floor", "/ floor", "MB", "/ backprop", "allowed"]
-    rows = [
-        [
-            each.rule,
-            each.way,
-            f"{each.seconds * 1000:.1f}",
-            f"{each.ratio:.3f}",
-            f"{each.low:.3f} to {each.high:.3f}",
-            f"{each.floor:.3f}",
-            f"{each.over_floor:.3f}",
-            f"{each.memory:.0f}",
-            f"{each.memory_ratio:.3f}",
-            f"{each.memory_allowed:.3f}",
+    steps = [dataclasses.asdict(each) for each in found]
+
+    def table() -> Table:
+        columns = ["rule", "way", "ms", "/ backprop", "quartiles", "floor", "/ floor", "MB", "/ backprop", "allowed"]
+        rows = [
+            [
+                each.rule,
+                each.way,
+                f"{each.seconds * 1000:.1f}",
+                f"{each.ratio:.3f}",
+                f"{each.low:.3f} to {each.high:.3f}",
+                f"{each.floor:.3f}",
+                f"{each.over_floor:.3f}",
+                f"{each.memory:.0f}",
+                f"{each.memory_ratio:.3f}",
+                f"{each.memory_allowed:.3f}",
+            ]
+            for each in found
         ]
-        for each in found
-    ]
-    images = f"{given.batch_size} images of {given.image_size} pixels"
-    title = f"a training step of {given.arch}: {images}, {given.rounds} rounds"
-    shares = f", B from {given.fraction:g} of a batch" if given.fraction != 1 else ""
-    machine = f"{where['device_name']}, {where['threads']} threads, torch {where['versions']['torch']}"
-    caption = f"medians; {machine}{shares}. allowed: backprop's memory, and B with its optimizer state"
-    console(sys.stdout).print(table(title, columns, rows, caption=caption))
-    return 0
+        images = f"{given.batch_size} images of {given.image_size} pixels"
+        shares = f", B from {given.fraction:g} of a batch" if given.fraction != 1 else ""
+        machine = f"{where['device_name']}, {where['threads']} threads, torch {where['versions']['torch']}"
+        caption = f"medians; {machine}{shares}. allowed: backprop's memory, and B with its optimizer state"
+        return f"a training step of {given.arch}: {images}, {conditions.rounds} rounds", columns, rows, caption
+
+    return _show(given, {"conditions": conditions.to_dict(), "provenance": where, "steps": steps}, table, 2)
 
 
 def _trial(given: argparse.Namespace) -> int:
     from bench.learning.rules import parse_rule
     from bench.models import check_arch
-    from bench.provenance import provenance
     from bench.recipes import recipe_of
     from bench.speed import of_trial
     from bench.steps import still
-    from bench.terminal import console, table
-    from bench.training import pick_device
 
     check_arch(given.arch)
     rule = parse_rule("backprop" if given.rule == "all" else given.rule)
     recipe = recipe_of(given.dataset, given.arch)
     budget = {"arch": given.arch, "dataset": given.dataset, "epochs": EPOCHS if given.epochs is None else given.epochs}
     config = still(rule, fraction=given.fraction, **recipe, **budget)
-    found = of_trial(config, data_dir=given.data_dir, device=given.device, threads=given.threads)
-    where = provenance(str(pick_device(given.device)))
-    if given.json:
-        shares = [dataclasses.asdict(each) for each in found]
-        print(json.dumps({"config": config.to_dict(), "provenance": where, "stages": shares}))
-        return 0
-    rows = [[each.stage, f"{each.seconds:.2f}", f"{each.calls}", f"{each.share:.1%}"] for each in found]
-    title = f"a trial of {rule.name} on {given.arch}, {given.dataset}: {config.epochs} epochs"
-    caption = f"n = 1; {where['device_name']}, torch {where['versions']['torch']}"
-    console(sys.stdout).print(table(title, ["stage", "s", "times", "share"], rows, caption=caption, texts=1))
-    return 0
+    found, where = of_trial(
+        config,
+        data_dir=given.data_dir,
+        device=given.device,
+        threads=given.threads,
+        results=given.results,
+        tracking_uri=given.tracking_uri,
+        say=_say,
+    )
+    stages = [dataclasses.asdict(each) for each in found]
+
+    def table() -> Table:
+        rows = [[each.stage, f"{each.seconds:.2f}", f"{each.calls}", f"{each.share:.1%}"] for each in found]
+        title = f"a trial of {rule.name} on {given.arch}, {given.dataset}: {config.epochs} epochs"
+        caption = f"n = 1; {where['device_name']}, {where['threads']} threads, torch {where['versions']['torch']}"
+        return title, ["stage", "s", "times", "share"], rows, caption
+
+    return _show(given, {"config": config.to_dict(), "provenance": where, "stages": stages}, table)
 
 
 def _search(given: argparse.Namespace) -> int:
+    from bench.cells import spread
     from bench.learning.rules import parse_rule
     from bench.models import check_arch
     from bench.provenance import provenance
-    from bench.rivalry import compared
-    from bench.terminal import console, table
+    from bench.rivalry import compared, over_rounds
 
     check_arch(given.arch)
     check_range("--search", "seconds", given.search, 10, 10**6)
+    rounds = 3 if given.rounds is None else given.rounds
+    check_range("bench speed", "rounds", rounds, 1, 10**5)
     rule = "sparse" if given.rule == "all" else parse_rule(given.rule).name
     trial = {"rule": rule, "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs or EPOCHS}
-    found, where = compared(trial, given.search, rounds=given.rounds, say=_say), provenance("cpu")
-    if given.json:
-        searches = [dataclasses.asdict(each) for each in found]
-        print(json.dumps({"trial": trial, "provenance": where, "searches": searches}))
-        return 0
-    rows = [
-        [
-            each.way,
-            "-" if each.first_step is None else f"{each.first_step:.1f}",
-            f"{each.trials}",
-            f"{each.per_hour:.0f}",
-            "-" if each.best is None else f"{each.best:.2%}",
-            "-" if each.idle is None else f"{each.idle:.1%}",
-        ]
-        for each in found
-    ]
-    title = f"{given.search:.0f} s of search: {rule} on {given.arch}, {given.dataset}, {trial['epochs']} epochs a trial"
-    columns = ["way", "s to the first step", "trials", "an hour", "best val", "idle cores"]
-    caption = (
-        f"{where['cpu']}, {where['cores']:g} cores; sampler tpe, no scheduler; trials an hour: after the first step"
-    )
-    console(sys.stdout).print(table(title, columns, rows, caption=caption, texts=1))
-    return 0
+    found, where = compared(trial, given.search, rounds=rounds, say=_say), provenance("cpu")
+
+    def table() -> Table:
+        scales = {"first_step": 1, "trials": 1, "per_hour": 1, "best": 100, "idle": 100}
+        known = over_rounds(found)
+        rows = [[way, *(spread(of[name], scale) for name, scale in scales.items())] for way, of in known.items()]
+        what = f"{rule} on {given.arch}, {given.dataset}, {trial['epochs']} epochs a trial"
+        columns = ["by", "s to the first step", "trials", "an hour", "best val %", "idle cores %"]
+        caption = (
+            f"mean ± sd of {rounds} rounds; {where['cpu']}, {where['cores']:g} cores; sampler tpe, another seed in "
+            "each round, no scheduler; trials an hour: after the first step"
+        )
+        return f"{given.search:.0f} s of search: {what}", columns, rows, caption
+
+    searches = [dataclasses.asdict(each) for each in found]
+    return _show(given, {"trial": trial, "provenance": where, "searches": searches}, table)
 
 
 def _fractions(given: argparse.Namespace) -> int:
@@ -250,31 +264,18 @@ def _fractions(given: argparse.Namespace) -> int:
 
 
 def _show_fractions(outcome: str, summary: dict[str, Any], options: Options) -> None:  # noqa: ARG001
-    from bench.cells import difference, spread_of
+    from bench.fractions_words import COLUMNS, rows_of, sentence
     from bench.terminal import console, table
 
     for rule, found in summary["rules"].items():
-        rows = [
-            [
-                f"{line['fraction']:g}",
-                spread_of(line["val_acc"]),
-                difference(line["versus_whole"]),
-                f"{line['diverged']}",
-                f"{line['failed']}",
-            ]
-            for line in found["lines"]
-        ]
-        columns = ["share", "val acc %, ± sd", "less the whole batch's, points, 95 %", "diverged", "failed"]
-        enough = "not known yet" if found["enough"] is None else f"{found['enough']:g}"
-        caption = f"the smallest share that is not worse, nor any larger one: {enough}"
-        console(sys.stdout).print(table(f"{rule}: share of each batch that B sees", columns, rows, caption=caption))
+        title = f"{rule}: share of each batch that B sees"
+        console(sys.stdout).print(table(title, COLUMNS, rows_of(found), caption=sentence(rule, found), texts=0))
     print(f"compare the runs: {summary['link']}")
 
 
 def _growth(given: argparse.Namespace) -> int:
     from bench.choices import SAMPLERS
     from bench.growth import grown
-    from bench.terminal import console, table
 
     sizes = numbers("--trials", given.trials)
     for size in sizes:
@@ -286,33 +287,31 @@ def _growth(given: argparse.Namespace) -> int:
     if given.sampler not in SAMPLERS:
         raise unknown("sampler", given.sampler, SAMPLERS)
     found = grown([int(size) for size in sizes], given.sampler, _say)
-    if given.json:
-        print(json.dumps([dataclasses.asdict(each) for each in found]))
-        return 0
-    columns = [
-        "trials",
-        "seconds",
-        "to the first",
-        "overhead a trial",
-        "of the last",
-        "driver MB",
-        "disk MB",
-        "for bench sync",
-    ]
-    rows = [
-        [
-            f"{each.trials}",
-            f"{each.seconds:.0f}",
-            f"{each.start:.1f}",
-            f"{each.overhead:.3f}",
-            f"{each.late:.3f}",
-            f"{each.memory:.0f}",
-            f"{each.disk:.1f} (rows {each.rows:.1f}, journal {each.journal:.1f}, MLflow {each.mlflow:.1f})",
-            f"{each.left}",
+
+    def table() -> Table:
+        columns = [
+            "trials",
+            "seconds",
+            "to the first",
+            "overhead a trial",
+            "of the last",
+            "driver MB",
+            "disk MB",
+            "for bench sync",
         ]
-        for each in found
-    ]
-    console(sys.stdout).print(
-        table(f"trials that do nothing, sampler {given.sampler}; seconds", columns, rows, texts=0)
-    )
-    return 0
+        rows = [
+            [
+                f"{each.trials}",
+                f"{each.seconds:.0f}",
+                f"{each.start:.1f}",
+                f"{each.overhead:.3f}",
+                f"{each.late:.3f}",
+                f"{each.memory:.0f}",
+                f"{each.disk:.1f} (rows {each.rows:.1f}, journal {each.journal:.1f}, MLflow {each.mlflow:.1f})",
+                f"{each.left}",
+            ]
+            for each in found
+        ]
+        return f"trials that do nothing, sampler {given.sampler}; seconds, n = 1", columns, rows, None
+
+    return _show(given, [dataclasses.asdict(each) for each in found], table)

@@ -1,0 +1,39 @@
+"""What `bench.fractions` found, in words: a table of each rule, and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bench.cells import difference, spread_of
+
+#: The headings of `rows_of`.
+COLUMNS = ("share", "val acc %, ± sd", "less the whole batch's, points [95 %]", "diverged", "failed")
+
+
+def rows_of(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each share of a rule's batches, the whole batch first."""
+    return [
+        (
+            f"{line['fraction']:g}",
+            spread_of(line["val_acc"]),
+            difference(line["versus_whole"]),
+            f"{line['diverged']}",
+            f"{line['failed']}",
+        )
+        for line in found["lines"]
+    ]
+
+
+def sentence(rule: str, found: Mapping[str, Any]) -> str:
+    """What a rule's table comes to."""
+    if found["enough"] is None:
+        return f"{rule}: not known yet."
+    if found["enough"] == 1.0:
+        return f"{rule}: every share is worse than the whole batch, or the largest is; none is known to be enough."
+    line = next(line for line in found["lines"] if line["fraction"] == found["enough"])
+    lost = line["versus_whole"]
+    low = "" if lost["low"] is None else f", and at 95 % loses no more than {max(0.0, -100 * lost['low']):.2f} points"
+    return (
+        f"{rule}: the smallest share that is not worse, nor any larger one: {found['enough']:g}{low} (n {lost['n']})."
+    )
