@@ -1,4 +1,4 @@
-"""The arithmetic of a training step: what a rule costs at least, beside backprop on the same network.
+"""The arithmetic of a training step: what a rule's formulas cost as they stand, beside backprop on the same network.
 
 Counted are the multiplications of convolutions and linear layers, layer by layer as a forward pass meets them. What is
 elementwise counts nothing, nor does a weight that is in neither kind of layer.

@@ -13,9 +13,10 @@ from typing import Any
 
 from bench import headlines
 from bench.checkpoint import location
-from bench.config import Strict, TrialConfig, UserError, check_range, digest
+from bench.config import Strict, TrialConfig, UserError, check_range, digest, study_name
 from bench.director import WAIT, Task, Wait
 from bench.learning.rules import parse_rule
+from bench.learning.switch import examples_seen
 from bench.pages.fractions import fractions_page
 from bench.place import Options, Place, survey
 from bench.programme import conclude, recorded
@@ -43,8 +44,16 @@ class FractionsConfig(Strict):
         check_range("fractions", "seeds", self.seeds, 1, 10**4)
         for fraction in self.fractions:
             check_range("fractions", "fraction", fraction, 0, 1, open_low=True)
+            if fraction == 1.0:
+                raise UserError("fractions: the whole batch is always among them; name shares below 1, e.g. 0.5,0.25.")
         if not self.rules or not self.fractions:
             raise UserError("fractions: name a rule and a share below 1, e.g. --rule mirror --fractions 0.5,0.25.")
+        for values in self.rules.values():
+            trial = TrialConfig.from_dict(values)
+            batch = trial.batch_size // trial.accumulate
+            if len({examples_seen(share, batch) for share in self.shares()}) < len(self.shares()):
+                shares = ", ".join(f"{share:g}" for share in self.shares())
+                raise UserError(f"fractions: of {batch} examples, some of {shares} are the same; name fewer shares.")
 
     def shares(self) -> list[float]:
         """The whole batch, then the parts, falling."""
@@ -64,7 +73,11 @@ class Fractions(Runs):
         super().__init__(config.name, place, tracker, {"speed": rows})
         self.config = config
         self._uids = {
-            (rule, fraction, seed): f"{config.name}-{digest([place.key, config.trial(rule, fraction, seed).to_dict()])}"
+            (
+                rule,
+                fraction,
+                seed,
+            ): f"{config.name}-{digest([place.key, config.trial(rule, fraction, seed).identity()])}"
             for seed in config.all_seeds()
             for fraction in config.shares()
             for rule in config.rules
@@ -92,7 +105,7 @@ class Fractions(Runs):
         status = [row["status"] for uid in self._uids.values() if (row := self._row_of(uid)) is not None]
         return {
             "study": self.name,
-            "complete": self.complete and not self._running,
+            "complete": len(status) == len(self._uids) and "failed" not in status,
             "arch": first.arch,
             "dataset": first.dataset,
             "epochs": first.epochs,
@@ -142,18 +155,21 @@ def _line(fraction: float, rows: Mapping[int, Row], whole: Mapping[int, float]) 
 
 
 def enough(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """The smallest share such that neither it nor any larger one is worse than the whole batch; None: not known.
+    """The smallest share such that neither it nor any larger one is worse than the whole batch.
 
-    "Not distinguishable" is what a few seeds can say of it: the interval beside it says how much might be lost.
+    1.0: the largest share is worse. None: not known, for one seed has no interval. "Not distinguishable" is what a few
+    seeds can say of it: the interval beside it says how much might be lost.
     """
-    found = None
+    found = 1.0
     for line in sorted(lines, key=lambda line: -line["fraction"]):
+        versus_whole = line["versus_whole"]
         if line["fraction"] == 1.0:
-            found = 1.0 if line["val_acc"] is not None else None
-        elif found is None or line["versus_whole"] is None or line["versus_whole"]["verdict"] == "worse":
+            continue
+        if versus_whole is None or versus_whole["low"] is None:
+            return found if found < 1.0 else None
+        if versus_whole["high"] < 0:  # also where all differences are equal, of which a verdict says nothing
             break
-        else:
-            found = line["fraction"]
+        found = line["fraction"]
     return found
 
 
@@ -166,20 +182,21 @@ class Ready:
 
 
 def prepare_fractions(
-    name: str,
+    name: str | None,
     rules: Sequence[str],
     fractions: Sequence[float],
     *,
     seeds: int,
-    arch: str,
-    dataset: str,
+    arch: str | None,
+    dataset: str | None,
     changes: Mapping[str, Any],
     files: Sequence[Path],
     options: Options,
 ) -> Ready:
     """Everything that it needs, tried out; UserError for what cannot work, before anything is written.
 
-    Coefficients: those of ``files`` (a best.yaml), else of the rule's own search under the results.
+    Coefficients: those of ``files`` (a best.yaml), else of the rule's own search under the results. ``arch``,
+    ``dataset``: None, those of the first file, else of a TrialConfig. ``name``: None, by these two.
     """
     if not rules and not files:
         raise UserError("--fractions: name rules that have been searched, --rule R[,R...], or a --config FILE of each.")
@@ -188,6 +205,8 @@ def prepare_fractions(
         raise UserError(f"--fractions has no effect on {', '.join(blind)}, which see no activity: leave them out.")
     known = rules_of(rules, arch=arch, dataset=dataset, changes=changes, files=files, results=options.results)
     wanted = {rule: config.to_dict() for rule, config in known.items() if parse_rule(rule).sees_activity}
+    first = next(iter(known.values()))
+    name = name or study_name("fractions", first.arch, first.dataset)
     config = FractionsConfig(name=name, rules=wanted, fractions=tuple(fractions), seeds=seeds)
     for rule in config.rules:
         place = survey(options, config.trial(rule, min(config.fractions), FIRST_SEED))

@@ -28,12 +28,12 @@ def rows_of(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def sentence(rule: str, found: Mapping[str, Any]) -> str:
     """What a rule's table comes to."""
     if found["enough"] is None:
-        return f"{rule}: not known yet."
+        return f"{rule}: no share is known to be enough: it takes two seeds with it and with the whole batch."
     if found["enough"] == 1.0:
-        return f"{rule}: every share is worse than the whole batch, or the largest is; none is known to be enough."
+        return f"{rule}: the largest share is worse than the whole batch already."
     line = next(line for line in found["lines"] if line["fraction"] == found["enough"])
     lost = line["versus_whole"]
-    low = "" if lost["low"] is None else f", and at 95 % loses no more than {max(0.0, -100 * lost['low']):.2f} points"
     return (
-        f"{rule}: the smallest share that is not worse, nor any larger one: {found['enough']:g}{low} (n {lost['n']})."
+        f"{rule}: the smallest share that is not worse, nor any larger one: {found['enough']:g}; the 95 % interval of "
+        f"what it loses ends at {max(0.0, -100 * lost['low']):.2f} points (n {lost['n']})."
     )

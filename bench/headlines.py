@@ -61,7 +61,9 @@ def matrix(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def fractions(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The smallest share that is enough, by rule, where one is known."""
+    """The smallest share that is enough, by rule, where one is known; none before all are trained."""
+    if not summary["complete"]:
+        return {}
     return {
         f"enough/{rule}": found["enough"] for rule, found in summary["rules"].items() if found["enough"] is not None
     }

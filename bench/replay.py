@@ -6,6 +6,7 @@ numbers are those that the command printed when it had these rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def fractions_again(folder: Path) -> dict[str, Any]:
         TrialConfig.from_dict(values)
     rows = _file(folder)
     place = _place(last_attempts(rows.read()), Options(results=folder.parent), folder)
+    place = dataclasses.replace(place, key=str(read_yaml(folder / fractions.BOOK).get("runs_on", place.key)))
     return fractions.Fractions(config, place, Silent(), rows).summary()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bench import headlines
 from bench.cells import difference, spread_of
 from bench.config import UserError
 from bench.pages.fractions import fractions_page
@@ -182,7 +183,8 @@ def _of_robustness(summary: dict[str, Any]) -> dict[str, str]:
 
 def _of_fractions(summary: dict[str, Any]) -> dict[str, str]:
     rules = summary["rules"]
-    known = [f"{rule} {found['enough']:g}" for rule, found in rules.items() if found["enough"] is not None]
+    enough = headlines.fractions(summary)
+    known = [f"{name.partition('/')[2]} {share:g}" for name, share in enough.items()]
     return {
         "what": f"{', '.join(rules)} on {summary['arch']}, {summary['dataset']}",
         "budget": f"{len(summary['seeds'])} seeds × {summary['epochs']} epochs",

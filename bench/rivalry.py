@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import bench
 from bench.config import Strict, UserError
+from bench.provenance import usable_cores
 from bench.statistics import estimate
 
 #: bench; study.optimize in one process; Ray Tune with its own OptunaSearch and MLflowLoggerCallback.
@@ -49,15 +51,16 @@ class Search(Strict):
 def compared(trial: Mapping[str, Any], seconds: float, *, rounds: int, say: Callable[[str], None]) -> list[Search]:
     """Every way, one after the other, in each round. ``trial``: rule, arch, dataset, epochs. UserError if one fails.
 
-    The sampler's seed is the round's number, that of the networks always 0.
+    The seed of the sampler and of the networks is the round's number. The order is drawn anew for each round: nobody
+    always follows the same other one.
     """
     script = Path(bench.__file__).parents[1] / "tests" / "rivals.py"
     if not script.exists():
         raise UserError("--search compares with programs in the tests, which are not installed: run it in a checkout.")
     found = []
+    order = random.Random(0)
     for number in range(rounds):
-        turn = number % len(WAYS)
-        for way in (*WAYS[turn:], *WAYS[:turn]):
+        for way in order.sample(WAYS, len(WAYS)):
             say(f"round {number + 1} of {rounds}: {way}, {seconds:.0f} s …")
             with tempfile.TemporaryDirectory(prefix="bench-rival-", ignore_cleanup_errors=True) as folder:
                 found.append(_run(script, way, {**trial, "seed": number}, seconds, Path(folder)))
@@ -111,12 +114,16 @@ def _watch(process: subprocess.Popen[bytes], ends: Path, deadline: float) -> tup
     end = _core_seconds()
     if start is None or end is None:
         return True, None
-    return True, (end[0] - start[0]) / (end[1] - start[1])
+    passed = end[1] - start[1]
+    return True, (end[0] - start[0]) / passed if passed > 0 else None
 
 
 def _core_seconds(stat: Path = Path("/proc/stat")) -> tuple[float, float] | None:
-    """What all cores have been idle since the machine was started, and in all; in the kernel's own unit."""
-    if not stat.exists():
+    """What all cores have been idle since the machine was started, and in all; in the kernel's own unit.
+
+    None where the system does not tell, and where only a part of its cores is ours.
+    """
+    if not stat.exists() or usable_cores() < (os.cpu_count() or 1):
         return None
     times = [float(word) for word in stat.read_text().splitlines()[0].split()[1:9]]  # guests are in user and nice
     return times[3] + times[4], sum(times)

@@ -20,7 +20,7 @@ from bench.learning.rules import parse_rule
 from bench.provenance import provenance
 from bench.stages import listening
 from bench.steps import Conditions, Step, Way, measure, ours
-from bench.stores import embedded
+from bench.stores import check_uri, embedded
 from bench.tracking import Tracker
 from bench.training import pick_device
 from bench.trial import run_trial
@@ -45,6 +45,8 @@ def timed(
     if threads:
         torch.set_num_threads(threads)
     ways: dict[str, Way] = {OURS: ours, **({STRAIGHTFORWARD: _the_obvious()} if straightforward else {})}
+    if tracking_uri:  # before minutes are spent on what could not be recorded
+        check_uri(tracking_uri)
     found = measure(conditions, ways, device=device, say=say)
     where = _here(device)
     runs = {
@@ -83,6 +85,8 @@ def of_trial(
 
     A checkpoint is kept, as ever.
     """
+    if tracking_uri:  # before minutes are spent on what could not be recorded
+        check_uri(tracking_uri)
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder, listening() as clock:
         began = time.perf_counter()
         run_trial(config, data_dir=data_dir, device=device, threads=threads, checkpoint=str(Path(folder) / "trial.pt"))

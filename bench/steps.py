@@ -26,6 +26,7 @@ from bench.datasets import ImageData
 from bench.datasets.memory import MemorySource
 from bench.learning.layers import asymmetric_layers
 from bench.learning.rules import Rule, parse_rule
+from bench.learning.switch import examples_seen
 from bench.streams import quiet
 from bench.training import Trial, pick_device, prepare, train_step
 
@@ -122,8 +123,11 @@ def measure(
         x, labels = _batch(data, conditions.batch_size, where)
         looked = {rule.name: _look(conditions.config(rule), data, x) for rule in rules}
     plain, _ = looked[REFERENCE]
-    floors = {rule.name: floor(looked[rule.name][0], plain, rule, conditions.fraction) for rule in rules}
+    share = examples_seen(conditions.fraction, conditions.batch_size) / conditions.batch_size
+    floors = {rule.name: floor(looked[rule.name][0], plain, rule, share) for rule in rules}
     kept = {rule.name: looked[rule.name][1] * (2 if rule.learns else 1) for rule in rules}
+    if where.type == "cuda":  # the first backward pass of a process takes workspaces that stay: nobody's
+        _ready(lambda: ours(conditions.config(rules[0]), data, x, labels), where)
     stands: dict[tuple[str, str], tuple[Callable[[], None], float]] = {}
     for rule in rules:
         config = conditions.config(rule)
@@ -223,7 +227,7 @@ def ours(config: TrialConfig, data: ImageData, x: Tensor, labels: Tensor) -> Con
 
 
 def kept_by(trial: Trial) -> Iterable[Tensor]:
-    """The tensors that outlive a step: parameters and buffers, gradients, the optimizer's state."""
+    """What a step finds: parameters and buffers, the optimizer's state. (Gradients are each step's own.)"""
     yield from trial.model.parameters()
     yield from trial.model.buffers()
     for state in trial.optimizer.state.values():

@@ -1,7 +1,8 @@
 """Three ways to search for a fixed time, with one trial function: python rivals.py WAY FOLDER JSON.
 
 ``bench``; ``optuna``, a plain loop of study.optimize in one process; ``ray``, Ray Tune with its OptunaSearch and its
-MLflowLoggerCallback, as its documentation shows them. The sampler is TPE with the seed that JSON has, nothing is
+MLflowLoggerCallback, as its documentation shows them. Each has its own TPE, as it comes: Optuna's defaults, in bench
+those of `bench.choices`. The seed that JSON has is the sampler's and the networks', all train on the CPU, nothing is
 stopped early, MLflow is an SQLite file where there is one, and each has the whole machine. `bench speed --search` runs
 them one after another and reads what the trial function notes in FOLDER/ends.jsonl.
 """
@@ -33,16 +34,17 @@ def trial(config: TrialConfig, report: Callable[[int, Mapping[str, float]], None
         first.append(time.time() - metrics["epoch_seconds"])
         report(epoch, metrics)
 
-    result = run_trial(config, noted, **options)
+    result = run_trial(config, noted, **{**options, "device": "cpu"})
     line = {"first": first[0] if first else None, "end": time.time(), "val_acc": result.metrics["val_acc"]}
+    line["seed"] = config.seed
     with (Path(os.environ[FOLDER]) / "ends.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     return result
 
 
 def fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What all trials have in common."""
-    return {**recipe_of(given["dataset"], given["arch"]), **given, "seed": 0}
+    """What all trials have in common, the seed of the networks too."""
+    return {**recipe_of(given["dataset"], given["arch"]), **given}
 
 
 def of_bench(given: Mapping[str, Any], folder: Path) -> None:
@@ -62,7 +64,7 @@ def of_bench(given: Mapping[str, Any], folder: Path) -> None:
         recipe=recipe_of(given["dataset"], given["arch"]),
         space=space.to_dict(),
     )
-    ready = check(config, space, Options(results=folder))
+    ready = check(config, space, Options(results=folder, device="cpu"))
     with quiet(ready.folder / "ray.log"):
         search(ready, say=lambda _: None, trial="rivals:trial")
 

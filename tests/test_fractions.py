@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench import headlines
 from bench.cli import main
 from bench.config import TrialConfig, UserError
 from bench.fractions import FIRST_SEED, FractionsConfig, Ready, enough, fractions, prepare_fractions
@@ -103,8 +104,10 @@ def test_it_goes_on_and_grows(stage: Callable[[Formula], Stage], tmp_path: Path)
         played(ready(tmp_path, shares=[0.5]))
 
 
-LINE = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable"}}
-WORSE = {"val_acc": {}, "versus_whole": {"verdict": "worse"}}
+LINE = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable", "low": -0.1, "high": 0.1}}
+WORSE = {"val_acc": {}, "versus_whole": {"verdict": "worse", "low": -0.2, "high": -0.1}}
+COLLAPSED = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable", "low": -0.8, "high": -0.8}}
+ONE_SEED = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable", "low": None, "high": None}}
 WHOLE = {"fraction": 1.0, "val_acc": {}, "versus_whole": None}
 
 
@@ -114,8 +117,11 @@ WHOLE = {"fraction": 1.0, "val_acc": {}, "versus_whole": None}
         ([WHOLE, {**LINE, "fraction": 0.5}, {**LINE, "fraction": 0.25}], 0.25),
         ([WHOLE, {**WORSE, "fraction": 0.5}, {**LINE, "fraction": 0.25}], 1.0),
         ([WHOLE, {**LINE, "fraction": 0.5}, {**WORSE, "fraction": 0.25}, {**LINE, "fraction": 0.125}], 0.5),
-        ([WHOLE, {**LINE, "fraction": 0.5, "versus_whole": None}], 1.0),
-        ([{**WHOLE, "val_acc": None}, {**LINE, "fraction": 0.5}], None),
+        ([WHOLE, {**LINE, "fraction": 0.5, "versus_whole": None}], None),
+        ([WHOLE, {**ONE_SEED, "fraction": 0.5}], None),
+        ([WHOLE, {**LINE, "fraction": 0.5}, {**COLLAPSED, "fraction": 0.25}], 0.5),
+        ([WHOLE, {**LINE, "fraction": 0.5}, {**ONE_SEED, "fraction": 0.25}], 0.5),
+        ([{**WHOLE, "val_acc": None}, {**LINE, "fraction": 0.5, "versus_whole": None}], None),
     ],
 )
 def test_the_smallest_share_below_which_nothing_is_lost(lines: list[dict[str, Any]], smallest: float | None) -> None:
@@ -131,6 +137,8 @@ def test_the_smallest_share_below_which_nothing_is_lost(lines: list[dict[str, An
         (["--rule", "all"], "name rules that have been searched"),
         (["--fractions", "0"], "fraction = 0"),
         (["--fractions", "half"], "write numbers"),
+        (["--fractions", "1"], "the whole batch is always among them"),
+        (["--fractions", "0.5,0.07,0.06"], "of 16 examples, some of 1, 0.5, 0.07, 0.06 are the same"),
         (["--seeds", "0"], "seeds = 0"),
     ],
 )
@@ -196,6 +204,23 @@ def test_before_two_trainings_of_one_seed_there_is_nothing_to_draw(
     (losses, *_), lines = fractions_page(found).sections[0].parts, fractions_page(found).lines
     assert isinstance(losses, Absent)
     assert lines[0].startswith("Not all is trained yet")
+    assert headlines.fractions(found) == {}
+
+
+def test_network_and_data_are_those_of_the_file(tmp_path: Path) -> None:
+    """Those of a TrialConfig are others."""
+    made = prepare_fractions(
+        None,
+        [],
+        [0.5],
+        seeds=2,
+        arch=None,
+        dataset=None,
+        changes={},
+        files=[best(tmp_path, "mirror", {"amp": 1e-4, "decay": 0.1})],
+        options=Options(results=tmp_path / "r", concurrent=2),
+    )
+    assert (made.config.name, made.config.rules["mirror"]["arch"]) == ("fractions-lenet-digits", "lenet")
 
 
 def test_its_folder_is_no_other_study(stage: Callable[[Formula], Stage], tmp_path: Path) -> None:

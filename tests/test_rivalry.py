@@ -77,7 +77,7 @@ def test_each_round_has_a_seed_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_one_that_fails_says_why() -> None:
-    with pytest.raises(UserError, match="bench ended before its time: no such thing"):
+    with pytest.raises(UserError, match="[a-z]+ ended before its time: no such thing"):
         rivalry.compared({"rule": "fails"}, 20.0, rounds=1, say=lambda _: None)
 
 
@@ -85,6 +85,11 @@ def test_without_the_tests_there_is_nothing_to_compare_with(tmp_path: Path, monk
     monkeypatch.setattr(rivalry.bench, "__file__", str(tmp_path / "bench" / "__init__.py"))
     with pytest.raises(UserError, match="in a checkout"):
         rivalry.compared({"rule": "sparse"}, 20.0, rounds=1, say=lambda _: None)
+
+
+def test_a_rule_without_coefficients_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speed", "--search", "60", "--rule", "feedback"]) == 2
+    assert "'feedback' has no coefficients to search for" in capsys.readouterr().err
 
 
 @pytest.mark.faults

@@ -99,6 +99,13 @@ def test_a_share_of_the_batch_lowers_the_floor_of_rules_that_see_it() -> None:
     assert part["symmetric", OURS].floor == 1.0
 
 
+@pytest.mark.usefixtures("short")
+def test_the_floor_is_of_the_examples_that_are_seen() -> None:
+    """An eighth of 16 is 2; a thirtieth is one example too, a sixteenth."""
+    extra = steps("mirror")["mirror", OURS].floor - 1
+    assert steps("mirror", fraction=1 / 30)["mirror", OURS].floor == pytest.approx(1 + extra / 16)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -110,6 +117,8 @@ def test_a_share_of_the_batch_lowers_the_floor_of_rules_that_see_it() -> None:
         (["--precision", "fp8"], "precision"),
         (["--device", "tpu"], "tpu"),
         (["--threads", "0"], "threads = 0"),
+        (["--straightforward", "--fraction", "0.5"], "--straightforward sees the whole batch"),
+        (["--tracking-uri", "nowhere"], "unknown scheme"),
         (["--arch", "resnet18", "--image-size", "1", "--batch-size", "1"], "cannot be trained on 1 images of 1 pixels"),
         (["--image-size", "100000", "--batch-size", "100000"], "cannot be trained on 100000 images"),
     ],

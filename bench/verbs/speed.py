@@ -30,13 +30,17 @@ if TYPE_CHECKING:
     from bench.place import Options
 
 
+#: Where none is named.
+ARCH, DATASET = "resnet18", "digits"
 #: Of a trial whose stages are timed, and of those of a search for a fixed time.
 EPOCHS = 2
 
 
 def add(verbs: Any) -> None:
     p = verb(verbs, "speed", _speed, "measure training steps beside backprop's; or, with --trials, a search's own cost")
-    p.add_argument("--arch", default="resnet18", metavar="A", help="see `bench list archs`")
+    p.add_argument(
+        "--arch", metavar="A", help="see `bench list archs` (else resnet18; of --fractions, that of the --config)"
+    )
     p.add_argument("--rule", default="all", metavar="R[,R...]", help="rules beside backprop; all: every named one")
     p.add_argument("--batch-size", type=int, default=128, metavar="N", help="examples in a step")
     p.add_argument("--image-size", type=int, default=32, metavar="H", help="pixels a side; 224: as ImageNet's")
@@ -47,7 +51,9 @@ def add(verbs: Any) -> None:
     p.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (else torch's own)")
     p.add_argument("--straightforward", action="store_true", help="also autograd on the energies, from the tests")
     p.add_argument("--trial", action="store_true", help="instead: where the seconds of one trial of a rule go")
-    p.add_argument("--dataset", default="digits", metavar="D", help="of that trial; see `bench list datasets`")
+    p.add_argument(
+        "--dataset", metavar="D", help="of that trial; see `bench list datasets` (else digits; or that of the --config)"
+    )
     p.add_argument("--epochs", type=int, metavar="E", help="of that trial (else 2), or of each training (else its own)")
     p.add_argument("--search", type=float, metavar="S", help="instead: search for S seconds, and as others would")
     p.add_argument(
@@ -91,12 +97,16 @@ def _speed(given: argparse.Namespace) -> int:
     if len(instead) > 1:
         raise UserError(f"--{' and --'.join(instead)} measure different things: give one of them.")
     mode = instead[0] if instead else "steps"
+    if given.straightforward and given.fraction != 1.0:
+        raise UserError("--straightforward sees the whole batch: leave out --fraction, or it.")
     for name, modes in _USES.items():
         if mode not in modes and getattr(given, name) != given.usual[name]:
             where = "on the steps" if mode == "steps" else f"with --{mode}"
             raise UserError(f"--{name.replace('_', '-')} has no effect {where}: leave it out.")
     check_range("--threads", "threads", given.threads, 1, 10**4)
     check_range("--epochs", "epochs", given.epochs, 1, 10**9)
+    if mode != "fractions":
+        given.arch, given.dataset = given.arch or ARCH, given.dataset or DATASET
     runs = {"steps": _steps, "trial": _trial, "search": _search, "fractions": _fractions, "trials": _growth}
     return runs[mode](given)
 
@@ -205,28 +215,31 @@ def _trial(given: argparse.Namespace) -> int:
 
 
 def _search(given: argparse.Namespace) -> int:
-    from bench.cells import spread
+    from bench.cells import spread_of
     from bench.learning.rules import parse_rule
     from bench.models import check_arch
     from bench.provenance import provenance
     from bench.rivalry import compared, over_rounds
+    from bench.space import load_space
 
     check_arch(given.arch)
     check_range("--search", "seconds", given.search, 10, 10**6)
     rounds = 3 if given.rounds is None else given.rounds
     check_range("bench speed", "rounds", rounds, 1, 10**5)
     rule = "sparse" if given.rule == "all" else parse_rule(given.rule).name
+    if not load_space(rule, given.arch).searched:
+        raise UserError(f"rule {rule!r} has no coefficients to search for; name one that has, e.g. --rule sparse.")
     trial = {"rule": rule, "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs or EPOCHS}
     found, where = compared(trial, given.search, rounds=rounds, say=_say), provenance("cpu")
 
     def table() -> Table:
         scales = {"first_step": 1, "trials": 1, "per_hour": 1, "best": 100, "idle": 100}
         known = over_rounds(found)
-        rows = [[way, *(spread(of[name], scale) for name, scale in scales.items())] for way, of in known.items()]
+        rows = [[way, *(spread_of(of[name], scale) for name, scale in scales.items())] for way, of in known.items()]
         what = f"{rule} on {given.arch}, {given.dataset}, {trial['epochs']} epochs a trial"
         columns = ["by", "s to the first step", "trials", "an hour", "best val %", "idle cores %"]
         caption = (
-            f"mean ± sd of {rounds} rounds; {where['cpu']}, {where['cores']:g} cores; sampler tpe, another seed in "
+            f"mean ± sd of n rounds; {where['cpu']}, {where['cores']:g} cores; each with its own TPE, another seed in "
             "each round, no scheduler; trials an hour: after the first step"
         )
         return f"{given.search:.0f} s of search: {what}", columns, rows, caption
@@ -245,7 +258,7 @@ def _fractions(given: argparse.Namespace) -> int:
     rules = [] if given.rule == "all" else given.rule.split(",")
     shares = numbers("--fractions", given.fractions)
     ready = prepare_fractions(
-        check_name(given.name or f"fractions-{given.arch}-{given.dataset}"),
+        given.name and check_name(given.name),
         rules,
         shares,
         seeds=given.seeds,
