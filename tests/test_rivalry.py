@@ -77,7 +77,7 @@ def test_each_round_has_a_seed_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("scripted")
 def test_one_that_fails_says_why() -> None:
-    with pytest.raises(UserError, match="[a-z]+ ended before its time: no such thing"):
+    with pytest.raises(UserError, match=r"[a-z]+ ended before its time: no such thing"):
         rivalry.compared({"rule": "fails"}, 20.0, rounds=1, say=lambda _: None)
 
 
