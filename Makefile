@@ -25,7 +25,7 @@ INSTALLED_BROWSER := $(VENV)/installed-browser
 help:
 	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
-	@echo "make test-faults   set up, then the tests that kill processes, servers and disks (most of an hour)"
+	@echo "make test-faults   set up, then the tests that kill processes, servers and disks (more than half an hour)"
 	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
 	@echo "make dashboards  the pages of results/published again"
 	@echo "make check   formatter, linter, type checker, import rules"
@@ -59,7 +59,7 @@ postgresql:
 PUBLISHED := results/published
 dashboards: $(INSTALLED)
 	$(BIN)/bench report --out dashboards/published $(filter-out $(PUBLISHED)/controls.jsonl,$(wildcard $(PUBLISHED)/*.jsonl)) \
-	$(wildcard $(PUBLISHED)/*/robustness-*) $(wildcard $(PUBLISHED)/*/transfer-*) $(wildcard $(PUBLISHED)/*/matrix-*)
+	$(wildcard $(PUBLISHED)/*/robustness-*) $(wildcard $(PUBLISHED)/*/transfer-*) $(wildcard $(PUBLISHED)/*/matrix-*) $(wildcard $(PUBLISHED)/fractions/*)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .

@@ -28,6 +28,8 @@ from bench.statistics import estimate, versus
 BOOK = "fractions.yaml"
 #: Other seeds than those of confirmations and of robustness.
 FIRST_SEED = 3000
+#: Accuracy that a share may lose and be called enough: one point.
+MARGIN = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,20 +157,21 @@ def _line(fraction: float, rows: Mapping[int, Row], whole: Mapping[int, float]) 
 
 
 def enough(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """The smallest share such that neither it nor any larger one is worse than the whole batch.
+    """The smallest share that is enough, as is every larger one: it loses less than `MARGIN` against the whole batch.
 
-    1.0: the largest share is worse. None: not known, for one seed has no interval. "Not distinguishable" is what a few
-    seeds can say of it: the interval beside it says how much might be lost.
+    A share is enough if its 95 % interval says so, too little if the interval lies below 0 (also one of no width, of
+    which a verdict says nothing), and otherwise it is not known, for want of seeds. 1.0: the largest share is too
+    little. None: of the largest it is not known.
     """
-    found = 1.0
+    found = None
     for line in sorted(lines, key=lambda line: -line["fraction"]):
-        versus_whole = line["versus_whole"]
         if line["fraction"] == 1.0:
             continue
-        if versus_whole is None or versus_whole["low"] is None:
-            return found if found < 1.0 else None
-        if versus_whole["high"] < 0:  # also where all differences are equal, of which a verdict says nothing
+        lost = line["versus_whole"]
+        if lost is None or lost["low"] is None:
             break
+        if lost["low"] <= -MARGIN:
+            return 1.0 if found is None and lost["high"] < 0 else found
         found = line["fraction"]
     return found
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from bench.cells import difference, spread_of
 
+#: `bench.fractions.MARGIN`, in words.
+LEAST = "a point"
 #: The headings of `rows_of`.
 COLUMNS = ("share", "val acc %, ± sd", "less the whole batch's, points [95 %]", "diverged", "failed")
 
@@ -28,12 +30,12 @@ def rows_of(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def sentence(rule: str, found: Mapping[str, Any]) -> str:
     """What a rule's table comes to."""
     if found["enough"] is None:
-        return f"{rule}: no share is known to be enough: it takes two seeds with it and with the whole batch."
+        return f"{rule}: no share is known to lose less than {LEAST}: it takes more seeds, or a larger split."
     if found["enough"] == 1.0:
         return f"{rule}: the largest share is worse than the whole batch already."
     line = next(line for line in found["lines"] if line["fraction"] == found["enough"])
     lost = line["versus_whole"]
     return (
-        f"{rule}: the smallest share that is not worse, nor any larger one: {found['enough']:g}; the 95 % interval of "
-        f"what it loses ends at {max(0.0, -100 * lost['low']):.2f} points (n {lost['n']})."
+        f"{rule}: the smallest share that is known to lose less than {LEAST}, as every larger one: {found['enough']:g} "
+        f"(95 % interval of what it loses: to {max(0.0, -100 * lost['low']):.2f} points, n {lost['n']})."
     )

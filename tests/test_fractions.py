@@ -104,29 +104,31 @@ def test_it_goes_on_and_grows(stage: Callable[[Formula], Stage], tmp_path: Path)
         played(ready(tmp_path, shares=[0.5]))
 
 
-LINE = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable", "low": -0.1, "high": 0.1}}
-WORSE = {"val_acc": {}, "versus_whole": {"verdict": "worse", "low": -0.2, "high": -0.1}}
-COLLAPSED = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable", "low": -0.8, "high": -0.8}}
-ONE_SEED = {"val_acc": {}, "versus_whole": {"verdict": "not distinguishable", "low": None, "high": None}}
 WHOLE = {"fraction": 1.0, "val_acc": {}, "versus_whole": None}
+
+
+def line(fraction: float, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"fraction": fraction, "val_acc": {}, "versus_whole": {"low": low, "high": high}}
 
 
 @pytest.mark.parametrize(
     ("lines", "smallest"),
     [
-        ([WHOLE, {**LINE, "fraction": 0.5}, {**LINE, "fraction": 0.25}], 0.25),
-        ([WHOLE, {**WORSE, "fraction": 0.5}, {**LINE, "fraction": 0.25}], 1.0),
-        ([WHOLE, {**LINE, "fraction": 0.5}, {**WORSE, "fraction": 0.25}, {**LINE, "fraction": 0.125}], 0.5),
-        ([WHOLE, {**LINE, "fraction": 0.5, "versus_whole": None}], None),
-        ([WHOLE, {**ONE_SEED, "fraction": 0.5}], None),
-        ([WHOLE, {**LINE, "fraction": 0.5}, {**COLLAPSED, "fraction": 0.25}], 0.5),
-        ([WHOLE, {**LINE, "fraction": 0.5}, {**ONE_SEED, "fraction": 0.25}], 0.5),
-        ([{**WHOLE, "val_acc": None}, {**LINE, "fraction": 0.5, "versus_whole": None}], None),
+        ([line(0.5, -0.005, 0.1), line(0.25, -0.0099, 0.1)], 0.25),
+        ([line(0.5, -0.005, -0.001), line(0.25, -0.005, 0.1)], 0.25),  # worse, by less than a point
+        ([line(0.5, -0.2, -0.1), line(0.25, -0.005, 0.1)], 1.0),  # known to be worse
+        ([line(0.5, -0.2, 0.1), line(0.25, -0.005, 0.1)], None),  # not distinguishable, which says nothing
+        ([line(0.5, -0.005, 0.1), line(0.25, -0.2, -0.1), line(0.125, -0.005, 0.1)], 0.5),
+        ([line(0.5, -0.005, 0.1), line(0.25, -0.8, -0.8)], 0.5),  # all its differences are equal
+        ([line(0.5, -0.8, -0.8)], 1.0),
+        ([{**line(0.5, 0, 0), "versus_whole": None}], None),
+        ([line(0.5, None, None)], None),  # one seed
+        ([line(0.5, -0.005, 0.1), line(0.25, None, None)], 0.5),
     ],
 )
 def test_the_smallest_share_below_which_nothing_is_lost(lines: list[dict[str, Any]], smallest: float | None) -> None:
-    assert enough(lines) == smallest
-    assert enough(lines[::-1]) == smallest
+    assert enough([WHOLE, *lines]) == smallest
+    assert enough([*lines, WHOLE][::-1]) == smallest
 
 
 @pytest.mark.parametrize(
@@ -171,10 +173,11 @@ def test_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "mirror: share of each batch that B sees" in out
-    assert "the smallest share that is not worse" in out
+    assert "mirror: " in out
     book = Book(tmp_path / "r")
     assert len(book.children("fractions-lenet-digits")) == 4
-    assert book.parent("fractions-lenet-digits").data.metrics["enough/mirror"] in (0.25, 1.0)
+    known = json.loads((tmp_path / "r" / "fractions-lenet-digits" / "summary.json").read_text())["rules"]["mirror"]
+    assert book.parent("fractions-lenet-digits").data.metrics.get("enough/mirror") == known["enough"]
     from_the_rows_alone(tmp_path / "r", capsys)
 
 

@@ -44,8 +44,8 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 def _note(summary: Mapping[str, Any]) -> str:
     return (
-        f"{summary['arch']}, {summary['dataset']}, {summary['epochs']} epochs; differences paired by seed; validation "
-        "only, test was not read; diverged runs count at chance"
+        f"{summary['arch']}, {summary['dataset']}, {summary['epochs']} epochs; {len(summary['seeds'])} seeds, "
+        "differences paired by seed; validation only, test was not read; diverged runs count at chance"
     )
 
 
