@@ -74,16 +74,8 @@ class Fractions(Runs):
     def __init__(self, config: FractionsConfig, place: Place, tracker: Recorder, rows: RowFile) -> None:
         super().__init__(config.name, place, tracker, {"speed": rows})
         self.config = config
-        self._uids = {
-            (
-                rule,
-                fraction,
-                seed,
-            ): f"{config.name}-{digest([place.key, config.trial(rule, fraction, seed).identity()])}"
-            for seed in config.all_seeds()
-            for fraction in config.shares()
-            for rule in config.rules
-        }
+        runs = [(r, f, s) for s in config.all_seeds() for f in config.shares() for r in config.rules]
+        self._uids = {run: f"{config.name}-{digest([place.key, config.trial(*run).identity()])}" for run in runs}
         self._plans = {uid: Planned(config=config.trial(*which), kind="speed") for which, uid in self._uids.items()}
 
     @property

@@ -162,7 +162,8 @@ def test_a_share_of_one_alone_is_no_comparison() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own use
-def test_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a store that names no place for files has them in mlruns/, here
     path = best(tmp_path, "mirror", {"amp": 1e-4, "decay": 0.1})
     words = ["--config", str(path), "--seeds", "2", "--epochs", "1", "--arch", "lenet", "--set", "train_examples=64"]
     command = ["speed", "--fractions", "0.25", *words, "--results", str(tmp_path / "r")]
