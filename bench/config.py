@@ -23,15 +23,50 @@ from typing import Any, Literal, Self
 #: The five primitives of Kunin et al. 2020, in the canonical order (design: decay, amp, null, sparse, self).
 PRIMITIVE_NAMES = ("decay", "amp", "null", "sparse", "self")
 
-#: Those whose gradient reads a layer's activity, and grows with the layer: what ``scaling`` and ``centered`` change.
+#: Those whose gradient reads a layer's activity.
 ACTIVITY_PRIMITIVES = ("amp", "null", "sparse")
 #: The TrialConfig fields that say what these see; without effect on a rule that has none of them.
-ACTIVITY_SETTINGS = ("scaling", "centered", "feedback_fraction")
+ACTIVITY_SETTINGS = (
+    "scaling",
+    "centered",
+    "feedback_fraction",
+    "feedback_input",
+    "feedback_samples",
+    "stabilize",
+    "reversed_null",
+)
+#: The TrialConfig fields of B's own optimizer; without effect on a rule whose B is not moved by primitives alone.
+OPTIMIZER_SETTINGS = (
+    "feedback_optimizer",
+    "feedback_lr",
+    "feedback_momentum",
+    "feedback_schedule",
+    "feedback_lr_warmup_epochs",
+)
 
 Status = Literal["finished", "stopped", "diverged", "failed"]
 Kind = Literal["search", "confirm", "control", "train", "robustness", "transfer", "speed"]
 #: What amp, sparse and null are divided by in each layer: nothing (the authors'), or the energy of what they read.
 Scaling = Literal["reference", "normalized"]
+#: What amp, null and sparse see: the batch's activations, or noise patches, drawn for each layer and step.
+FeedbackInput = Literal["activations", "normal", "uniform"]
+#: What moves B: the optimizer of W (shared), or one of its own.
+FeedbackOptimizer = Literal["shared", "sgd", "adam"]
+#: What moves W.
+WeightOptimizer = Literal["sgd", "adamw", "muon"]
+#: The course of a learning rate after its warm-up.
+Schedule = Literal["cosine", "step", "constant"]
+#: The authors' operations on what amp, sparse and null see (`bench.learning.activity`), in the order in which they act.
+Stabilizer = Literal[
+    "center_input",
+    "normalize_input",
+    "batch_center_backward_input",
+    "center_forward_output",
+    "normalize_forward_output",
+    "batch_center_forward_output",
+    "center_backward_output",
+    "normalize_backward_output",
+]
 #: Where Gaussian noise goes (design, section 5): into training (update), or into a trained network.
 Site = Literal["update", "weight", "activation", "input"]
 #: What a search maximises: clean accuracy, the area under accuracy against the noise, or both (a Pareto front).
@@ -205,6 +240,41 @@ def check_levels(owner: str, levels: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoefficientSchedule(Strict):
+    """When a coefficient is on, and how it changes (the authors' ``build_alignment_coefficient_schedule``).
+
+    ``start`` and ``stop`` are fractions of the training; outside of them the coefficient is 0. ``course``: with t the
+    epochs since the start, ``linear`` adds rate·t to the coefficient (never below 0), ``exponential`` multiplies it
+    by exp(rate·t).
+    """
+
+    start: float = 0.0
+    stop: float = 1.0
+    course: Literal["constant", "linear", "exponential"] = "constant"
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._settle()
+        who = "coefficient schedule"
+        check_range(who, "start", self.start, 0, 1)
+        check_range(who, "stop", self.stop, 0, 1)
+        check_range(who, "rate", self.rate, -(10**6), 10**6)
+        if self.start >= self.stop:
+            raise UserError(f"{who}: start = {self.start:g} must be below stop = {self.stop:g}.")
+        if (self.course == "constant") != (self.rate == 0):
+            raise UserError(f"{who}: course 'linear' or 'exponential' and a rate other than 0 go together.")
+
+    def value(self, coefficient: float, epoch: float, epochs: int) -> float:
+        """The coefficient after ``epoch`` of ``epochs`` epochs."""
+        start = self.start * epochs
+        if not start <= epoch <= self.stop * epochs:
+            return 0.0
+        if self.course == "linear":
+            return max(0.0, coefficient + self.rate * (epoch - start))
+        return coefficient * math.exp(self.rate * (epoch - start))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialConfig(Strict):
     """One training run, whole: with the code, the data and the device it determines the result.
 
@@ -229,12 +299,27 @@ class TrialConfig(Strict):
     scaling: Scaling = "reference"
     centered: bool = False
     feedback_fraction: float = 1.0
+    # what these three see: the batch's activations, or noise patches, so many for each layer and step
+    feedback_input: FeedbackInput = "activations"
+    feedback_samples: int = 64
+    # the authors' operations on activity; null of Wᵀ·B·x in place of Bᵀ·W·x
+    stabilize: tuple[Stabilizer, ...] = ()
+    reversed_null: bool = False
+    # by primitive: when its coefficient is on, and how it changes; absent: constant
+    coefficient_schedules: dict[str, CoefficientSchedule] | None = None
+    # B's own optimizer: its rate, momentum (adam: beta1), warm-up and schedule; shared: W's optimizer moves B, too
+    feedback_optimizer: FeedbackOptimizer = "shared"
+    feedback_lr: float | None = None
+    feedback_momentum: float = 0.9
+    feedback_schedule: Schedule = "constant"
+    feedback_lr_warmup_epochs: float = 0.0
 
     # the network
     stem: Literal["auto", "small", "imagenet"] = "auto"
     image_size: int | None = None
 
-    # the recipe: SGD with (Nesterov) momentum
+    # the recipe: SGD with (Nesterov) momentum, AdamW (momentum is its beta1) or Muon
+    optimizer: WeightOptimizer = "sgd"
     epochs: int = 10
     batch_size: int = 128
     accumulate: int = 1
@@ -242,7 +327,7 @@ class TrialConfig(Strict):
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_epochs: float = 1.0
     step_epochs: tuple[float, ...] = ()
     step_factor: float = 0.1
@@ -289,6 +374,7 @@ class TrialConfig(Strict):
         for name in ("weight_decay", "feedback_lr_factor", "warmup_epochs", "feedback_warmup_epochs"):
             check_range(who, name, getattr(self, name), 0)
         check_range(who, "momentum", self.momentum, 0, 0.9999)
+        self._check_feedback(who)
         check_range(who, "label_smoothing", self.label_smoothing, 0, 0.9999)
         check_range(who, "val_fraction", self.val_fraction, 0.001, 0.9)
         for epoch in self.step_epochs:
@@ -300,18 +386,70 @@ class TrialConfig(Strict):
             raise UserError(
                 f"configuration: warmup_epochs = {self.warmup_epochs:g} is more than epochs = {self.epochs}; lower it."
             )
-        if self.schedule != "step" and self.step_factor != type(self).step_factor:
+        stepped = "step" in (self.schedule, self.feedback_schedule)
+        if not stepped and self.step_factor != type(self).step_factor:
             raise UserError(f"configuration: step_factor has no effect with schedule {self.schedule!r}; remove it.")
-        if self.nesterov and self.momentum == 0:
+        if self.nesterov and self.momentum == 0 and self.optimizer != "adamw":
             raise UserError("configuration: nesterov needs momentum > 0; set nesterov=false or momentum=0.9.")
-        if self.schedule == "step" and not self.step_epochs:
+        if self.optimizer == "adamw" and self.nesterov != type(self).nesterov:
+            raise UserError("configuration: nesterov has no effect with optimizer 'adamw'; remove it.")
+        if stepped and not self.step_epochs:
             raise UserError("configuration: schedule 'step' needs step_epochs, e.g. step_epochs=[30,60,80].")
-        if self.schedule != "step" and self.step_epochs:
+        if not stepped and self.step_epochs:
             raise UserError(f"configuration: step_epochs has no effect with schedule {self.schedule!r}; remove it.")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"configuration: batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}."
             )
+
+    def _check_feedback(self, who: str) -> None:
+        """What B sees and what moves it; what depends on the rule is refused where the rule is known."""
+        check_range(who, "feedback_samples", self.feedback_samples, 1, 10**6)
+        check_range(who, "feedback_momentum", self.feedback_momentum, 0, 0.9999)
+        check_range(who, "feedback_lr", self.feedback_lr, 0, open_low=True)
+        check_range(who, "feedback_lr_warmup_epochs", self.feedback_lr_warmup_epochs, 0, self.epochs)
+        if len(set(self.stabilize)) < len(self.stabilize):
+            raise UserError(f"configuration: stabilize {list(self.stabilize)} names an operation twice; name it once.")
+        ordered = [name for name in typing.get_args(Stabilizer) if name in self.stabilize]
+        object.__setattr__(self, "stabilize", tuple(ordered))
+        if self.feedback_input == "activations":
+            if self.feedback_samples != type(self).feedback_samples:
+                raise UserError(
+                    "configuration: feedback_samples has no effect with feedback_input 'activations'; remove it, or "
+                    "set feedback_input=normal."
+                )
+        else:
+            given = [n for n in ("scaling", "centered", "feedback_fraction", "stabilize") if self._changed(n)]
+            if given:
+                raise UserError(
+                    f"configuration: {', '.join(given)} has no effect with feedback_input {self.feedback_input!r}, "
+                    "which is white noise, not activity; remove it, or set feedback_input=activations."
+                )
+        if self.feedback_optimizer == "shared":
+            given = [n for n in OPTIMIZER_SETTINGS if n != "feedback_optimizer" and self._changed(n)]
+            if given:
+                raise UserError(
+                    f"configuration: {', '.join(given)} has no effect with feedback_optimizer 'shared', where W's "
+                    "optimizer moves B; remove it, or set feedback_optimizer=sgd."
+                )
+        else:
+            if self.feedback_lr is None:
+                raise UserError(
+                    f"configuration: feedback_optimizer {self.feedback_optimizer!r} needs feedback_lr; "
+                    "set e.g. feedback_lr=0.02."
+                )
+            if self._changed("feedback_lr_factor"):
+                raise UserError(
+                    "configuration: feedback_lr_factor has no effect with an optimizer of B's own; set feedback_lr."
+                )
+        object.__setattr__(self, "coefficient_schedules", self.coefficient_schedules or None)
+        for name in self.coefficient_schedules or ():
+            if name not in self.coefficients:
+                raise UserError(f"configuration: coefficient_schedules.{name} belongs to no coefficient; remove it.")
+
+    def _changed(self, name: str) -> bool:
+        """Whether a field differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     def _check_noise(self, who: str) -> None:
         check_range(who, "update_noise", self.update_noise, 0)
