@@ -71,6 +71,9 @@ def trial_config(
     }
     if not parse_rule(values["rule"]).sees_activity:
         values = {name: value for name, value in values.items() if name not in ACTIVITY_SETTINGS}
+    if schedules := values.get("coefficient_schedules"):
+        own = values.get("coefficients", {})
+        values["coefficient_schedules"] = {name: each for name, each in schedules.items() if name in own}
     return TrialConfig.from_dict(values)
 
 

@@ -50,6 +50,7 @@ def write_checkpoint(
     history: list[dict[str, float]],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    feedback_optimizer: torch.optim.Optimizer | None = None,
     code: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the whole state, at once or not at all: a kill, or a power cut, leaves the old file or the new one.
@@ -63,6 +64,7 @@ def write_checkpoint(
         "history": history,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "feedback_optimizer": {} if feedback_optimizer is None else feedback_optimizer.state_dict(),
         "code": [dict(each) for each in code],
     }
     if isinstance(path, ObjectFile):
@@ -146,7 +148,8 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it.") from error
     if missing := _KEYS - set(state if isinstance(state, dict) else ()):
         raise UserError(f"{path} is not a checkpoint of bench: it has no {', '.join(sorted(missing))}.")
-    state.setdefault("code", [])  # older releases did not say
+    for name, absent in (("code", []), ("feedback_optimizer", {})):  # older releases did not say
+        state.setdefault(name, absent)
     if wrong := [name for name, fits in _FITS.items() if not fits(state[name])]:
         raise UserError(f"{path} is not a checkpoint of bench: its {wrong[0]} is of another kind; remove it.")
     if len(state["history"]) != state["epoch"]:
@@ -202,6 +205,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "history": _is_history,
     "model": lambda value: isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()),
     "optimizer": lambda value: isinstance(value, dict),
+    "feedback_optimizer": lambda value: isinstance(value, dict),
     "code": _is_code,
 }
 

@@ -73,7 +73,7 @@ def _objectives() -> Listing:
 
 
 def _scalings() -> Listing:
-    from bench.learning.scaling import SCALINGS
+    from bench.learning.activity import SCALINGS
 
     return [{"name": s.name, "what": s.summary, "source": s.source} for s in SCALINGS.values()]
 

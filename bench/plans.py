@@ -25,7 +25,7 @@ MAY_GROW = ("trials", "confirm_seeds")
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How amp, sparse and null see a layer's activity (`bench.learning.scaling`)."""
+    """How amp, sparse and null see a layer's activity (`bench.learning.activity`)."""
 
     scaling: Scaling = "reference"
     centered: bool = False

@@ -230,8 +230,9 @@ def kept_by(trial: Trial) -> Iterable[Tensor]:
     """What a step finds: parameters and buffers, the optimizer's state. (Gradients are each step's own.)"""
     yield from trial.model.parameters()
     yield from trial.model.buffers()
-    for state in trial.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+    for optimizer in trial.optimizers:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _done(loss: Tensor) -> None:

@@ -332,6 +332,7 @@ def save(trial: Trial, path: File) -> None:
         history=trial.history,
         model=trial.model,
         optimizer=trial.optimizer,
+        feedback_optimizer=trial.feedback_optimizer,
         code=[*older_code(trial.made_by), code_of(provenance("cpu"))],
     )
 
@@ -348,4 +349,6 @@ def resume(trial: Trial, path: File) -> None:
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])
     load_optimizer(path, trial.optimizer, state["optimizer"])
+    if trial.feedback_optimizer is not None:
+        load_optimizer(path, trial.feedback_optimizer, state["feedback_optimizer"])
     trial.epoch, trial.history, trial.made_by = state["epoch"], state["history"], state["code"]

@@ -205,6 +205,9 @@ LOWEST_REFUSED = {
     "val_fraction": 0.0,
     "update_noise": -1e-9,
     "noise_draws": 0,
+    "feedback_samples": 0,
+    "feedback_momentum": -1e-9,
+    "feedback_lr_warmup_epochs": -1e-9,
 }
 HIGHEST_REFUSED = {
     "seed": 2**31,
@@ -214,6 +217,8 @@ HIGHEST_REFUSED = {
     "label_smoothing": 1.0,
     "val_fraction": 0.91,
     "noise_draws": 10_001,
+    "feedback_samples": 10**6 + 1,
+    "feedback_momentum": 1.0,
 }
 FLOATS = sorted(name for name, value in TrialConfig(rule="r", clip_norm=1.0).to_dict().items() if type(value) is float)
 

@@ -49,6 +49,10 @@ class Maps(Protocol):
         """(transpose(delta, K), kernel_grad(x, delta), Σ delta), each where it is wanted."""
         ...
 
+    def grouped(self, K: Tensor) -> Tensor:
+        """K as (groups, outputs of a group, patch size): what each output makes of the patch that it reads."""
+        ...
+
     def channelwise(self, bias: Tensor) -> Tensor:
         """The bias, shaped so that it broadcasts against z."""
         ...
@@ -94,6 +98,9 @@ class LinearMaps:
             self.kernel_grad(x, delta, K) if wanted[1] else None,
             delta.reshape(-1, delta.shape[-1]).sum(0) if wanted[2] else None,
         )
+
+    def grouped(self, K: Tensor) -> Tensor:
+        return K[None]
 
     def channelwise(self, bias: Tensor) -> Tensor:
         return bias
@@ -156,6 +163,9 @@ class ConvMaps:
             dx = dx[..., : x.shape[-2], : x.shape[-1]]
         return dx if wanted[0] else None, dK if wanted[1] else None, db if wanted[2] else None
 
+    def grouped(self, K: Tensor) -> Tensor:
+        return K.reshape(self.groups, K.shape[0] // self.groups, -1)
+
     def channelwise(self, bias: Tensor) -> Tensor:
         return bias.view(-1, 1, 1)
 
@@ -174,6 +184,21 @@ class ConvMaps:
         """`_count` for the height and for the width: how often a pixel is in a patch is the product of the two."""
         layout = zip(x.shape[-2:], K.shape[-2:], self.stride, self.padding, self.dilation, self.extra, strict=True)
         return [_count(*axis, dtype=_wide(x), device=x.device) for axis in layout]
+
+
+@dataclass(frozen=True)
+class PatchMaps(LinearMaps):
+    """A linear layer for each group: x (n, groups, patch size), K as `Maps.grouped` has it, z (n, groups, outputs)."""
+
+    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is None
+        return torch.einsum("ngd,god->ngo", x, K)
+
+    def transpose(self, z: Tensor, K: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.einsum("ngo,god->ngd", z, K)
+
+    def kernel_grad(self, x: Tensor, z: Tensor, K: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.einsum("ngo,ngd->god", z, x)
 
 
 def _wide(x: Tensor) -> torch.dtype:
