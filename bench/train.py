@@ -84,5 +84,5 @@ def evaluate(
     except Diverged as end:
         raise UserError(f"{checkpoint}: {end}; the network in it has diverged.") from end
     if trial.conversion.swapped:
-        metrics |= {name: value for name, value in alignment(trial).items() if math.isfinite(value)}
+        metrics |= {name: value for name, value in alignment(trial, floor=True).items() if math.isfinite(value)}
     return {"config": config.to_dict(), "epoch": state["epoch"], "split": split, "metrics": metrics}

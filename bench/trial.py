@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from bench.checkpoint import (
 from bench.config import Status, TrialConfig, TrialResult, UserError
 from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
-from bench.evaluators.alignment import error_alignment, weight_alignment
+from bench.evaluators.alignment import alignment as alignment_of
+from bench.evaluators.alignment import floor_alignment
 from bench.evaluators.robustness import noisy_accuracy
 from bench.group import Group
 from bench.provenance import code_of, older_code, provenance
@@ -33,8 +35,10 @@ from bench.training import Diverged, Trial, prepare, train_epoch
 #: (epoch, from 1; its metrics). It may raise to end the trial from outside.
 Report = Callable[[int, Mapping[str, float]], None]
 
-#: Examples in the batch by which the angles are measured.
-ANGLE_EXAMPLES = 64
+#: Examples in the batch by which the angles are measured, and, at most, in those by which their floor is.
+ANGLE_EXAMPLES, FLOOR_EXAMPLES = 64, 1024
+#: Examples in one of the latter.
+FLOOR_BATCH = 128
 
 
 def run_trial(
@@ -286,7 +290,7 @@ def measure(trial: Trial) -> dict[str, float]:
     if not trial.conversion.swapped:
         return {**metrics, "angle": 0.0} if trial.config.measure_alignment else metrics
     if trial.config.measure_alignment:
-        metrics |= alignment(trial)
+        metrics |= alignment(trial, floor=trial.epoch + 1 == trial.config.epochs)
     return {k: v for k, v in metrics.items() if math.isfinite(v)}
 
 
@@ -300,15 +304,25 @@ def _check_weights(model: nn.Module) -> None:
         raise Diverged(f"the {'feedback weight' if name.endswith('feedback') else 'weight'} {name} is {what}")
 
 
-def alignment(trial: Trial) -> dict[str, float]:
-    """The angles, by a fixed random sample of the validation split."""
+def alignment(trial: Trial, *, floor: bool) -> dict[str, float]:
+    """The angles, by a fixed random sample of the validation split; with ``floor`` also what they cannot go below."""
     if trial.sample is None:
         count = min(ANGLE_EXAMPLES, trial.data.sizes["val"])
         drawn = trial.data.batches("val", count, device=trial.device, seed=trial.config.split_seed)
         pixels, labels = next(drawn)
         trial.sample = trial.data.normalize(pixels), labels
     with stage("angles"):
-        return {**error_alignment(trial.model, *trial.sample), **weight_alignment(trial.model)}
+        return {**alignment_of(trial.model, *trial.sample), **(_floor(trial) if floor else {})}
+
+
+def _floor(trial: Trial) -> dict[str, float]:
+    """`floor_alignment` where amp sees the plain activations, by a larger sample of the validation split."""
+    config, data = trial.config, trial.data
+    size = min(FLOOR_BATCH, data.sizes["val"] // 2)
+    if config.feedback_input != "activations" or config.stabilize or not size:
+        return {}
+    drawn = data.batches("val", size, device=trial.device, seed=config.split_seed)
+    return floor_alignment(trial.model, (data.normalize(x) for x, _ in islice(drawn, FLOOR_EXAMPLES // size)))
 
 
 def score(trial: Trial, split: str) -> dict[str, float]:
