@@ -288,7 +288,7 @@ def measure(trial: Trial) -> dict[str, float]:
     if _evaluates_noise(trial.config):
         metrics |= noise_area(trial, "val")
     if not trial.conversion.swapped:
-        return {**metrics, "angle": 0.0} if trial.config.measure_alignment else metrics
+        return {**metrics, "angle": 0.0, "dx_angle": 0.0} if trial.config.measure_alignment else metrics
     if trial.config.measure_alignment:
         metrics |= alignment(trial, floor=trial.epoch + 1 == trial.config.epochs)
     return {k: v for k, v in metrics.items() if math.isfinite(v)}
