@@ -35,10 +35,8 @@ from bench.training import Diverged, Trial, prepare, train_epoch
 #: (epoch, from 1; its metrics). It may raise to end the trial from outside.
 Report = Callable[[int, Mapping[str, float]], None]
 
-#: Examples in the batch by which the angles are measured, and, at most, in those by which their floor is.
-ANGLE_EXAMPLES, FLOOR_EXAMPLES = 64, 1024
-#: Examples in one of the latter.
-FLOOR_BATCH = 128
+#: Examples in the batch by which the angles are measured, and in those by which their floor is (its sd then: 0.1°).
+ANGLE_EXAMPLES, FLOOR_EXAMPLES = 64, 256
 
 
 def run_trial(
@@ -316,13 +314,18 @@ def alignment(trial: Trial, *, floor: bool) -> dict[str, float]:
 
 
 def _floor(trial: Trial) -> dict[str, float]:
-    """`floor_alignment` where amp sees the plain activations, by a larger sample of the validation split."""
+    """`floor_alignment` where amp sees the plain activations, by batches such as a further epoch would have."""
     config, data = trial.config, trial.data
-    size = min(FLOOR_BATCH, data.sizes["val"] // 2)
-    if config.feedback_input != "activations" or config.stabilize or not size:
+    if config.feedback_input != "activations" or config.stabilize:
         return {}
-    drawn = data.batches("val", size, device=trial.device, seed=config.split_seed)
-    return floor_alignment(trial.model, (data.normalize(x) for x, _ in islice(drawn, FLOOR_EXAMPLES // size)))
+    size = config.batch_size // config.accumulate
+    batches = data.batches(
+        "train", size, device=trial.device, seed=config.seed, epoch=config.epochs, augment=config.augment
+    )
+    several = islice(batches, max(2, FLOOR_EXAMPLES // size))
+    with torch.random.fork_rng([trial.device] if trial.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # dropout draws
+        return floor_alignment(trial.model, (data.normalize(pixels) for pixels, _ in several))
 
 
 def score(trial: Trial, split: str) -> dict[str, float]:

@@ -323,10 +323,27 @@ def test_which_rules_have_a_floor(rule: str, coefficients: dict[str, float], flo
     assert set(found) == ({"floor_angle", "floor_angle/3", "floor_angle/5"} if floor else set())
 
 
-def test_one_batch_tells_no_floor_and_nothing_is_left_in_the_network() -> None:
-    model = network().train()
+def test_the_floor_is_that_of_what_training_sees() -> None:
+    """Batch normalisation by the batch, not by the running statistics, takes the mean off these units."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(UNITS, UNITS, bias=False), nn.BatchNorm1d(UNITS), nn.Linear(UNITS, 500))
+    model[0].weight.data.copy_(torch.eye(UNITS))
     convert(model, "mirror", {"decay": 1.0, "amp": 1.0})
-    assert floor_alignment(model, [torch.randn(8, 1, 6, 6, dtype=torch.float64)]) == {}
+    x = correlated(4096, 0.0) + 3.0
+    assert floor_alignment(model, x.chunk(4))["floor_angle"] == pytest.approx(0, abs=3)
+    assert angle(model[2].weight, second_moments(model[2], x)) > 70
+
+
+def test_one_batch_tells_no_floor_and_nothing_is_left_in_the_network() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Dropout(0.5), network().float())
+    convert(model, "mirror", {"decay": 1.0, "amp": 1.0})
+    model.train()
+    model[2].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert floor_alignment(model, [torch.randn(8, 1, 6, 6)]) == {}
+    assert floor_alignment(model, torch.randn(8, 1, 6, 6).chunk(2))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.training
+    assert not model[2].training
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())

@@ -82,8 +82,10 @@ def floor_alignment(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
     """Per layer ``floor_angle/NAME``, degrees between W and the B at which amp against decay settles; their mean.
 
     That B is a multiple of E[kernel_grad(x, W·x)] = W·C, C the second moments of the patches of x, whatever the
-    coefficients and rates: for isotropic W cos²θ = (tr C)² / (tr C² · n_in). x is as amp sees it (`centered`), in
-    evaluation mode. Of two or more batches, the odd and the even ones make independent estimates G₁ and G₂, and
+    coefficients and rates: for isotropic W cos²θ = (tr C)² / (tr C² · n_in). x is as amp sees it: give batches as the
+    training has them, of its size; the network is in training mode within, and unchanged afterwards. (In evaluation
+    mode, on examples without augmentation, the floor of a resnet20 came out 0.7 to 1.7 degrees above the angle that
+    it really ended at.) Of two or more batches, the odd and the even ones make independent estimates G₁ and G₂, and
 
         cosθ = ⟨W, ½(G₁ + G₂)⟩ / (‖W‖·√⟨G₁, G₂⟩)
 
@@ -97,7 +99,7 @@ def floor_alignment(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
     used: dict[str, Tensor] = {}
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     examples = [0, 0]
-    with evaluation_mode(model), torch.no_grad(), _each_input(layers, partial(_mark_used, layers, used)):
+    with _as_in_training(model), torch.no_grad(), _each_input(layers, partial(_mark_used, layers, used)):
         for index, inputs in enumerate(batches):
             examples[index % 2] += len(inputs)
             with _each_input(layers, partial(_add_pull, layers, halves[index % 2])):
@@ -110,6 +112,21 @@ def floor_alignment(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
         cosine = ((W * (one + other)).sum() / (2 * length)).item()
         result[f"floor_angle/{name}"] = math.degrees(math.acos(min(1.0, cosine)))
     return {**_mean("floor_angle", list(result.values())), **result}
+
+
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in training mode; afterwards all modes and buffers (running statistics) as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def _settles_at_second_moments(layer: AsymmetricLayer) -> bool:
