@@ -178,6 +178,8 @@ COLUMNS = (
     *("rule", "coefficients", "val %", "test %", "n"),
     *("angle °", "dx angle °", "seconds", f"test − {REFERENCE}, points [95 %]"),
 )
+#: What the floor of an angle is (`bench.evaluators.alignment.floor_alignment`).
+FLOOR = "the angle at which B settles, whatever the coefficients and rates"
 #: Further columns of a search for robustness: areas, in % of accuracy.
 AREA_COLUMNS = ("val area", "test area", f"test area − {REFERENCE}, points [95 %]")
 
@@ -191,9 +193,9 @@ def columns(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def floor_words(summary: Mapping[str, Any]) -> str:
-    """What a floor is, where a configuration has one (`bench.evaluators.alignment.floor_alignment`)."""
+    """What a floor is, where a configuration has one."""
     found = any(e["floor_angle"] for e in (*summary["confirmed"], *summary["controls"]))
-    return "floor: the angle at which B settles, whatever the coefficients and rates" if found else ""
+    return f"floor: {FLOOR}" if found else ""
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from bench.pages.parts import SEQUENTIAL, Absent, Figure, Part, Table, band, plo
 from bench.pages.trials import METRICS, described, tally
 from bench.rows import Row
 from bench.statistics import Estimate, estimate
-from bench.summary import REFERENCE, columns, floor_words, table_rows
+from bench.summary import FLOOR, REFERENCE, columns, floor_words, table_rows
 
 #: Configurations of one rule have its colour, and these dashes in turn.
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -312,7 +312,7 @@ def _means(about: str, known: Sequence[Configuration], metric: str) -> Part:
         for one, _ in curves
         if metric == "angle" and one.found["floor_angle"]
     }
-    dotted = "" if not floors else "Dotted: the angle at which B settles, whatever the coefficients and rates. "
+    dotted = "" if not floors else f"Dotted: {FLOOR}. "
     return Figure(
         title=title,
         note=(

@@ -102,6 +102,7 @@ _OF_LAYERS = {"angle": "angle °", "floor_angle": "floor °", "dx_angle": "dx an
 def _print_layers(metrics: dict[str, float]) -> None:
     """The angles layer by layer, each beside its floor."""
     from bench.cells import NOTHING
+    from bench.summary import FLOOR
     from bench.terminal import console, table
 
     shown = {name: head for name, head in _OF_LAYERS.items() if any(m.startswith(f"{name}/") for m in metrics)}
@@ -111,7 +112,7 @@ def _print_layers(metrics: dict[str, float]) -> None:
         for layer in layers
     ]
     if rows:
-        floor = "floor: no coefficient or rate brings the angle lower" if "floor_angle" in shown else None
+        floor = f"floor: {FLOOR}" if "floor_angle" in shown else None
         console(sys.stdout).print(table("", ("layer", *shown.values()), rows, texts=1, caption=floor))
 
 
