@@ -87,8 +87,33 @@ def _evaluate(given: argparse.Namespace) -> int:
     from bench.train import evaluate
 
     found = evaluate(given.checkpoint, split=given.split, data_dir=given.data_dir, device=given.device)
-    print(json.dumps(found) if given.json else _metrics_line(found["metrics"]))
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    print(_metrics_line(found["metrics"]))
+    _print_layers(found["metrics"])
     return 0
+
+
+#: Of each layer, as far as it was measured: metric, heading.
+_OF_LAYERS = {"angle": "angle °", "floor_angle": "floor °", "dx_angle": "dx angle °", "norm_ratio": "‖B‖/‖W‖"}
+
+
+def _print_layers(metrics: dict[str, float]) -> None:
+    """The angles layer by layer, each beside its floor."""
+    from bench.cells import NOTHING
+    from bench.summary import FLOOR
+    from bench.terminal import console, table
+
+    shown = {name: head for name, head in _OF_LAYERS.items() if any(m.startswith(f"{name}/") for m in metrics)}
+    layers = [m.removeprefix("angle/") for m in metrics if m.startswith("angle/")]
+    rows = [
+        (layer, *(f"{metrics[key]:.2f}" if (key := f"{name}/{layer}") in metrics else NOTHING for name in shown))
+        for layer in layers
+    ]
+    if rows:
+        floor = f"floor: {FLOOR}" if "floor_angle" in shown else None
+        console(sys.stdout).print(table("", ("layer", *shown.values()), rows, texts=1, caption=floor))
 
 
 def _metrics_line(metrics: dict[str, float]) -> str:
