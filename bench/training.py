@@ -96,8 +96,7 @@ def prepare(
     data.steps("train", config.batch_size)
     if group is not None:
         group = _shares(config, group)
-    stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
-    model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
+    model = _network(config, data)
     conversion = convert(
         model,
         rule,
@@ -123,6 +122,13 @@ def prepare(
         UpdateNoise(optimizer, sigma=config.update_noise, on=config.update_noise_on) if config.update_noise else None
     )
     return Trial(config, data, where, model, optimizer, learner, conversion, bf16, noise, group)
+
+
+def _network(config: TrialConfig, data: ImageData) -> nn.Module:
+    size = data.image_size
+    stem = resolve_stem(config.stem, arch=config.arch, image_size=size)
+    shape = {"classes": data.classes, "channels": data.channels, "image_size": size}
+    return build(config.arch, **shape, stem=stem, seed=config.seed)
 
 
 def _move(model: nn.Module, where: torch.device) -> None:

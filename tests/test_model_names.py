@@ -41,13 +41,13 @@ def test_resolve_stem(stem: Any, arch: str, size: int, expected: str) -> None:
 @pytest.mark.parametrize("arch", ["lenet", "resnet20", "resnet56"])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 def test_a_stem_without_effect_is_refused(arch: str, stem: models.Stem) -> None:
-    with pytest.raises(UserError, match=f"'{arch}' has its own stem: stem={stem} has no effect there; remove it"):
+    with pytest.raises(UserError, match=f"'{arch}' has no choice of stem: stem={stem} has no effect; remove it"):
         models.resolve_stem(stem, arch=arch, image_size=32)
 
 
 @pytest.mark.parametrize("arch", ["lenet", "resnet20"])
 def test_a_stem_that_cannot_be_is_refused(arch: str) -> None:
-    with pytest.raises(UserError, match="has its own small stem and cannot have stem=imagenet"):
+    with pytest.raises(UserError, match="has no choice of stem and cannot have stem=imagenet"):
         models.build(arch, classes=2, stem="imagenet")
 
 
@@ -132,9 +132,9 @@ def test_a_librarys_network_has_its_own_stem(monkeypatch: pytest.MonkeyPatch, na
     Library(monkeypatch, name)
     assert models.resolve_stem("auto", arch=f"{name}:net_a", image_size=8) == "imagenet"
     for stem in ("small", "imagenet"):
-        with pytest.raises(UserError, match=f"stem={stem} has no effect there"):
+        with pytest.raises(UserError, match=f"stem={stem} has no effect"):
             models.resolve_stem(stem, arch=f"{name}:net_a", image_size=8)
-    with pytest.raises(UserError, match="own imagenet stem and cannot have stem=small"):
+    with pytest.raises(UserError, match="no choice of stem and cannot have stem=small"):
         models.build(f"{name}:net_a", classes=2, stem="small")
 
 

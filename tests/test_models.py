@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import models
+from bench import models, networks
 
 SMALL = ("resnet18", "resnet34", "resnet50", "resnet18v2", "resnet34v2", "resnet50v2", "resnet20", "resnet56", "lenet")
 DEEP = ("resnet101", "resnet152", "resnet101v2", "resnet152v2")
@@ -189,14 +189,14 @@ def test_cifar_resnets_have_their_depth_and_parameter_free_shortcuts(arch: str, 
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     assert len(layers_of(network)) == layers
     assert {m.kernel_size for m in convolutions} == {(3, 3)}
-    assert sum(isinstance(m, models.PadShortcut) for m in network.modules()) == 2
+    assert sum(isinstance(m, networks.PadShortcut) for m in network.modules()) == 2
     assert sizes_after(network, ("layer1", "layer2", "layer3"), 32) == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
 def test_option_a_shortcut_by_hand() -> None:
     x = torch.arange(1.0, 19.0).reshape(1, 2, 3, 3)
     expected = torch.tensor([[[1.0, 3.0], [7.0, 9.0]], [[10.0, 12.0], [16.0, 18.0]], [[0.0] * 2] * 2, [[0.0] * 2] * 2])
-    assert torch.equal(models.PadShortcut(2, 4, 2)(x), expected[None])
+    assert torch.equal(networks.PadShortcut(2, 4, 2)(x), expected[None])
 
 
 def test_lenet_layers() -> None:
@@ -306,7 +306,7 @@ def test_preactivation_against_the_paper_written_down(arch: str, depths: tuple[i
 def test_exactly_the_last_norm_of_each_block_starts_at_zero(arch: str) -> None:
     network = build_small(arch)
     zero = {name for name, p in network.named_parameters() if name.endswith("weight") and not p.any()}
-    blocks = {name for name, m in network.named_modules() if isinstance(m, (models.BasicBlock, models.Bottleneck))}
+    blocks = {name for name, m in network.named_modules() if isinstance(m, (networks.BasicBlock, networks.Bottleneck))}
     last = "bn3" if arch == "resnet50" else "bn2"
     assert zero == {f"{name}.{last}.weight" for name in blocks}
 
