@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import models, networks
+from bench.learning.convert import convert
+from bench.learning.layers import asymmetric_layers
 
 SMALL = ("resnet18", "resnet34", "resnet50", "resnet18v2", "resnet34v2", "resnet50v2", "resnet20", "resnet56", "lenet")
 DEEP = ("resnet101", "resnet152", "resnet101v2", "resnet152v2")
@@ -202,6 +205,88 @@ def test_option_a_shortcut_by_hand() -> None:
 def test_lenet_layers() -> None:
     shapes = [tuple(m.weight.shape) for m in layers_of(build_small("lenet", classes=10, channels=1))]
     assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (120, 16, 5, 5), (84, 120), (10, 84)]
+
+
+# ---- perceptrons ----
+
+
+def test_mlp_layers_and_outputs_by_hand() -> None:
+    network = build("mlp:7-4", classes=3, channels=2, image_size=5).double()
+    layers = layers_of(network)
+    assert [(m.in_features, m.out_features, m.bias is not None) for m in layers] == [
+        (50, 7, True),
+        (7, 4, True),
+        (4, 3, True),
+    ]
+    x = torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h = x.reshape(6, 50)
+    for i, layer in enumerate(layers):
+        h = h @ layer.weight.T + layer.bias
+        h = h.clamp(min=0) if i < 2 else h
+    torch.testing.assert_close(network(x), h)
+
+
+def test_mlp_begins_as_torchs_linear_layers_do() -> None:
+    network = build("mlp:30", classes=10, channels=1, image_size=28, seed=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        expected = [nn.Linear(784, 30), nn.Linear(30, 10)]
+    for mine, theirs in zip(layers_of(network), expected, strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+        assert torch.equal(mine.bias, theirs.bias)
+
+
+@pytest.mark.parametrize("arch", ["mlp:500", "mlp:512-512", "lenet@0.5", "resnet18@0.03125"])
+def test_converted_networks_keep_their_outputs_and_with_b_of_w_their_gradient(arch: str) -> None:
+    """All layers are swapped; with B = W they are backprop."""
+    plain = build(arch, stem=None if arch != "resnet18@0.03125" else "small", image_size=32, channels=1).double()
+    swapped = copy.deepcopy(plain)
+    report = convert(swapped, "feedback")
+    assert len(report.swapped) == len(layers_of(plain))
+    assert report.kept == {}
+    with torch.no_grad():
+        for layer in asymmetric_layers(swapped).values():
+            assert layer.feedback is not None
+            layer.feedback.copy_(layer.weight)
+    x = torch.randn(4, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for network in (plain, swapped):
+        F.cross_entropy(network(x), torch.arange(4)).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(swapped(x), plain(x))
+    theirs = dict(swapped.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(theirs[name].grad, parameter.grad)
+
+
+# ---- widths ----
+
+
+def widths_of(arch: str, **options: Any) -> list[int]:
+    """The outputs of every convolution, norm and linear layer but the last, whose outputs are classes."""
+    with torch.device("meta"):
+        network = build(arch, image_size=32, **options)
+    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+    return [m.weight.shape[0] for m in network.modules() if isinstance(m, kinds)][:-1]
+
+
+@pytest.mark.parametrize("factor", ["0.25", "0.3", "0.1", "2", "1.75"])
+@pytest.mark.parametrize("arch", [*SMALL, "mlp:500-33"])
+def test_a_width_multiplies_every_number_of_channels(arch: str, factor: str) -> None:
+    exact = Decimal(factor)
+    expected = [int((exact * n).quantize(Decimal(1), ROUND_HALF_UP)) for n in widths_of(arch)]
+    assert widths_of(f"{arch}@{factor}") == expected
+    with torch.device("meta"):
+        size = picture_size(arch)
+        network = build(f"{arch}@{factor}", channels=1, image_size=size)
+        assert network(torch.empty(2, 1, size, size)).shape == (2, 5)
+
+
+def test_known_widths() -> None:
+    assert widths_of("lenet@2") == [12, 32, 240, 168]
+    assert widths_of("lenet@0.25") == [2, 4, 30, 21]  # 6/4 is a half: rounded up
+    assert widths_of("mlp:512@0.5") == [256]
+    assert sorted(set(widths_of("resnet18@0.25"))) == [16, 32, 64, 128]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build("resnet18@0.25", classes=10, stem="small").parameters()) == 701_466
 
 
 # ---- what asymmetric layers rely on ----
