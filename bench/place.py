@@ -14,7 +14,6 @@ from bench.objects import child
 from bench.provenance import usable_cores
 from bench.stores import check_storage, check_uri, embedded
 from bench.training import check_together, pick_device, prepare, update_levels
-from bench.worker import is_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +113,7 @@ def survey(options: Options, config: TrialConfig) -> Place:
     # the machines of a cluster may have what this one lacks
     elsewhere = options.address is not None and options.device != "auto"
     device = options.device.partition(":")[0] if elsewhere else pick_device(options.device).type
-    try:
-        trial = prepare(config, data_dir=options.data_dir, device="cpu")
-    except Exception as error:
-        if not is_of_memory(error):
-            raise
-        raise UserError(f"arch {config.arch!r} does not fit into this machine's memory; take a smaller one.") from error
+    trial = prepare(config, data_dir=options.data_dir, device="cpu")
     if options.workers_per_trial > 1:
         check_together(trial, options.workers_per_trial)
     data = trial.data

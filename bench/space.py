@@ -10,7 +10,7 @@ A file has the keys ``rule``, ``source`` (where the ranges come from), ``space``
       self: {choices: [0.01, 0.1], source: why these choices}
       feedback_every: {value: 1, source: why it is fixed}
     arch:
-      resnet50:            # replaces the entries that it names, for this network only
+      resnet50:            # replaces the entries that it names, for this network (at any width)
         decay: {min: 1e-4, max: 1e-1, scale: log, source: why it differs}
     scaling:
       normalized:          # replaces what it names where a trial's scaling is this one, for every network

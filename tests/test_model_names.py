@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import models
-from bench.config import TrialConfig, UserError, study_name
+from bench import models, networks
+from bench.cli import main
+from bench.config import UserError, study_name
 from bench.listing import listing
-from bench.place import Options, survey
+from bench.place import Options
 from bench.plans import Variant
 from bench.recipes import RECIPES, recipe_of
 from bench.space import load_space
 from bench.transfer import TransferConfig, prepare_transfer
-from bench.verbs.common import check_name
+from bench.verbs.common import BAD_INPUT, check_name
 
 # ---- settings and errors ----
 
@@ -49,7 +50,7 @@ def test_resolve_stem(stem: Any, arch: str, size: int, expected: str) -> None:
 
 @pytest.mark.parametrize("arch", ["lenet", "resnet20", "resnet56"])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_a_stem_without_effect_is_refused(arch: str, stem: models.Stem) -> None:
+def test_a_stem_without_effect_is_refused(arch: str, stem: networks.Stem) -> None:
     with pytest.raises(UserError, match=f"'{arch}' has no choice of stem: stem={stem} has no effect; remove it"):
         models.resolve_stem(stem, arch=arch, image_size=32)
 
@@ -196,18 +197,18 @@ def test_commands_take_these_names(arch: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["train", "search"])
 def test_a_network_beyond_this_machines_memory_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object, **__: object) -> nn.Module:
-        raise RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: no.\n..."
-        )
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you asked for 9 bytes.\nmore")
 
     monkeypatch.setattr("bench.training.build", refuse)
-    config = TrialConfig(rule="backprop", arch="lenet@999", dataset="digits")
-    with pytest.raises(UserError, match="'lenet@999' does not fit into this machine's memory; take a smaller one"):
-        survey(Options(results=tmp_path), config)
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "--rule", "backprop", "--arch", "lenet@999"]) == BAD_INPUT
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"bench: too little memory \(.*9 bytes.*\); take a smaller network, width, .*", said)
 
 
 # ---- the libraries, played by stand-ins where they are absent ----

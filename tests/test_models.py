@@ -147,7 +147,7 @@ def test_smallest_images_and_one_channel(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", DEEP)
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_deep_networks_have_their_shape(arch: str, stem: models.Stem) -> None:
+def test_deep_networks_have_their_shape(arch: str, stem: networks.Stem) -> None:
     with torch.device("meta"):
         network = build(arch, classes=11, channels=2, stem=stem)
         assert network(torch.empty(2, 2, 8, 8)).shape == (2, 11)
@@ -166,7 +166,7 @@ def sizes_after(network: Any, names: tuple[str, ...], size: int) -> list[tuple[i
 
 @pytest.mark.parametrize("arch", ["resnet50", "resnet50v2"])
 @pytest.mark.parametrize(("stem", "size", "expected"), [("imagenet", 224, (112, 56, 7)), ("small", 32, (32, 32, 4))])
-def test_stem_geometry(arch: str, stem: models.Stem, size: int, expected: tuple[int, ...]) -> None:
+def test_stem_geometry(arch: str, stem: networks.Stem, size: int, expected: tuple[int, ...]) -> None:
     with torch.device("meta"):
         network = build(arch, classes=2, stem=stem)
     after_stem, after_first, after_last = expected
