@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.config import TrialConfig, UserError, unknown
+from bench.config import TrialConfig, UserError, base_arch, unknown
 
 #: What the command line and the study say elsewhere; a recipe cannot set these.
 NOT_RECIPE = (
@@ -32,7 +32,7 @@ RECIPE_FIELDS = tuple(name for name in TrialConfig.field_names() if name not in 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """``changes`` to TrialConfig's defaults, ``archs`` where a network has its own, and where they come from."""
+    """``changes`` to TrialConfig's defaults, ``archs`` where a network has its own (at any width), and their source."""
 
     source: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +49,7 @@ RECIPES: dict[str, Recipe] = {
         source="chosen by backprop's validation accuracy on resnet18 and resnet50 (README, 'The recipes')",
         changes={"batch_size": 32, "lr": 0.02},
     ),
+    "mnist": _DEFAULT,
     "fashion-mnist": _DEFAULT,
     "cifar10": _DEFAULT,
     "cifar100": _DEFAULT,
@@ -63,7 +64,7 @@ def recipe_of(dataset: str, arch: str) -> dict[str, Any]:
     name = dataset.partition(":")[0]
     if name not in RECIPES:
         raise unknown("data set", name, [f"{n}:PATH" if n == "imagefolder" else n for n in RECIPES])
-    return {**RECIPES[name].changes, **RECIPES[name].archs.get(arch, {})}
+    return {**RECIPES[name].changes, **RECIPES[name].archs.get(base_arch(arch), {})}
 
 
 def check_recipe(changes: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ A file has the keys ``rule``, ``source`` (where the ranges come from), ``space``
       self: {choices: [0.01, 0.1], source: why these choices}
       feedback_every: {value: 1, source: why it is fixed}
     arch:
-      resnet50:            # replaces the entries that it names, for this network only
+      resnet50:            # replaces the entries that it names, for this network (at any width)
         decay: {min: 1e-4, max: 1e-1, scale: log, source: why it differs}
     scaling:
       normalized:          # replaces what it names where a trial's scaling is this one, for every network
@@ -35,7 +35,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, Strict, TrialConfig, UserError, unknown
+from bench.config import (
+    ACTIVITY_PRIMITIVES,
+    PRIMITIVE_NAMES,
+    Scaling,
+    Strict,
+    TrialConfig,
+    UserError,
+    base_arch,
+    unknown,
+)
 from bench.files import read_yaml
 from bench.learning.rules import ANY, RULES, Rule, parse_rule
 
@@ -309,7 +318,7 @@ def _read(path: Path, rule: Rule, arch: str, scaling: str) -> Space:
         _check_complete(path, params, rule)
     if scaling in SECTIONS and scaling not in scalings and rule.sees_activity:
         raise UserError(f"{path}: there are no ranges for scaling {scaling!r}; add a section scaling.{scaling}.")
-    return Space({**base, **nets.get(arch, {}), **scalings.get(scaling, {})})
+    return Space({**base, **nets.get(arch, nets.get(base_arch(arch), {})), **scalings.get(scaling, {})})
 
 
 def _sections(

@@ -105,8 +105,7 @@ def prepare(
     data.steps("train", config.batch_size)
     if group is not None:
         group = _shares(config, group)
-    stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
-    model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
+    model = _network(config, data)
     conversion = convert(
         model,
         rule,
@@ -163,6 +162,13 @@ def _feedback_optimizer(config: TrialConfig, groups: list[dict[str, Any]]) -> to
     if config.feedback_optimizer == "adam":
         return torch.optim.Adam(groups, betas=(config.feedback_momentum, 0.999), fused=True)
     return torch.optim.SGD(groups, momentum=config.feedback_momentum, fused=True)
+
+
+def _network(config: TrialConfig, data: ImageData) -> nn.Module:
+    size = data.image_size
+    stem = resolve_stem(config.stem, arch=config.arch, image_size=size)
+    shape = {"classes": data.classes, "channels": data.channels, "image_size": size}
+    return build(config.arch, **shape, stem=stem, seed=config.seed)
 
 
 def _move(model: nn.Module, where: torch.device) -> None:

@@ -26,7 +26,8 @@ FLOORS = {
     "files": 0,
     "check": 0,
     "streams": 0,
-    "models": 0,
+    "networks": 0,
+    "models": 1,
     "datasets": 0,
     "journal": 1,
     "processes": 0,
@@ -136,7 +137,7 @@ GROUND = ("", "config", "learning")  # `learning` itself: an empty __init__
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
-        *("provenance", "doctor", "place", "pace", "group", "batch_norm", "distributed"),
+        *("networks", "provenance", "doctor", "place", "pace", "group", "batch_norm", "distributed"),
         *("arithmetic", "stages", "steps", "speed"),
     ),
     "numpy": ("datasets", "evaluators"),

@@ -39,7 +39,7 @@ EPOCHS = 2
 def add(verbs: Any) -> None:
     p = verb(verbs, "speed", _speed, "measure training steps beside backprop's; or, with --trials, a search's own cost")
     p.add_argument(
-        "--arch", metavar="A", help="see `bench list archs` (else resnet18; of --fractions, that of the --config)"
+        "--arch", metavar="A", help="see `bench list networks` (else resnet18; of --fractions, that of the --config)"
     )
     p.add_argument("--rule", default="all", metavar="R[,R...]", help="rules beside backprop; all: every named one")
     p.add_argument("--batch-size", type=int, default=128, metavar="N", help="examples in a step")
