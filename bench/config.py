@@ -473,7 +473,7 @@ class StudyConfig(Strict):
     """One search: everything that must not change when the study goes on (``trials`` alone may grow).
 
     ``recipe`` holds the TrialConfig fields that are the same in every trial; ``space`` is the resolved
-    search space, as `bench.space` reads it from YAML.
+    search space, as `bench.space_files` reads it from YAML.
     """
 
     name: str
@@ -505,11 +505,14 @@ class StudyConfig(Strict):
             raise UserError("study: warm and warm_from go together: trials, and the study that they are from.")
 
 
-def study_name(rule: str, arch: str, dataset: str, *, scaling: Scaling = "reference", centered: bool = False) -> str:
-    """The default name: what the study is about, in characters that every file system takes."""
+def study_name(rule: str, arch: str, dataset: str, *, space: str = "default") -> str:
+    """The default name: what the study is about, in characters that every file system takes.
+
+    ``space``: that of the search, in `bench.spaces.SPACES`.
+    """
     kind, _, path = dataset.partition(":")
     data = f"{kind}-{PurePath(path).name}" if path else kind
-    how = ("" if scaling == "reference" else f"-{scaling}") + ("-centered" if centered else "")
+    how = "" if space == "default" else f"-{space}"
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}-{data}{how}").strip("-.")
 
 

@@ -17,7 +17,7 @@ from bench.config import StudyConfig, TrialResult
 from bench.director import Task
 from bench.pages.parts import Page
 from bench.place import Options, Place, Share
-from bench.space import load_space
+from bench.space_files import load_space
 from rehearsal import Silent
 
 EPOCHS, CONCURRENT = 3, 2

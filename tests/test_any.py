@@ -22,7 +22,8 @@ from bench.choices import SAMPLERS, check_choices, make_sampler
 from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, StudyConfig, TrialConfig, TrialResult, UserError
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.proposals import Proposal, propose
-from bench.space import Choices, Fixed, Range, Space, load_space
+from bench.space import Choices, Fixed, Range, Space
+from bench.space_files import load_space
 from bench.study import Study
 
 CHANCE = 0.1

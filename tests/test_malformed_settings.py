@@ -16,7 +16,8 @@ from bench.files import parse_scalar, read_yaml, write_yaml
 from bench.learning.rules import RULES
 from bench.matrix import MatrixConfig
 from bench.robustness_plan import RobustnessConfig
-from bench.space import Space, load_space, space_folder, space_names
+from bench.space import Space
+from bench.space_files import load_space, space_folder, space_names
 from bench.transfer import TransferConfig
 from malformed import ODD_TEXTS, damaged, examples, mutated, nested, refused_in_one_line
 

@@ -27,7 +27,7 @@ from bench.noise import SITES
 from bench.place import Options, Place, Share
 from bench.rows import Row, RowFile, row
 from bench.search import _write_best
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.study import Study
 from bench.summary import columns, headline, summarize, table_rows
 from bench.training import prepare, update_levels

@@ -27,10 +27,8 @@ from bench.space import (
     Parameter,
     Range,
     Space,
-    load_space,
-    space_folder,
-    space_names,
 )
+from bench.space_files import load_space, space_folder, space_names
 from bench.trial import run_trial
 
 REPOSITORY = Path(__file__).parents[1]
@@ -237,7 +235,7 @@ def test_the_folder_is_found_in_a_checkout_and_in_an_installed_package(tmp_path:
     package = tmp_path / "site-packages" / "bench"
     shutil.copytree(Path(bench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "search_spaces", package / "search_spaces")
-    code = "from bench.space import load_space, space_folder; print(load_space('sparse', 'x').searched, space_folder())"
+    code = "from bench.space_files import load_space, space_folder; print(load_space('sparse', 'x').searched, space_folder())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=package.parent,

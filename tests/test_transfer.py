@@ -14,7 +14,7 @@ from bench.campaign import confirm_seeds
 from bench.config import TrialConfig, UserError
 from bench.place import Options
 from bench.plans import Variant
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.transfer import TransferConfig, position, prepare_transfer, spread_out, transfer
 from bench.transfer_words import SAME, matrix_rows, pair_rows
 from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)

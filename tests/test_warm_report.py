@@ -10,7 +10,7 @@ import pytest
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.files import write_yaml
 from bench.rows import RowFile, row
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.warm import saved, warm_trials
 
 SPACE = load_space("sparse", "resnet18")  # 1e-7 to 1e-2
