@@ -56,9 +56,9 @@ def find_wanted(results: Path, wanted: Wanted) -> StudyConfig | None:
     return found
 
 
-def renamed(values: Mapping[str, Any], **names: str) -> dict[str, Any]:
-    """The settings that an older plan kept, with the keys of today."""
-    return {names.get(key, key): value for key, value in values.items()}
+def renamed(values: Mapping[str, Any], **names: str) -> Mapping[str, Any]:
+    """The settings that an older plan kept, with the keys of today; what is no mapping is for `Strict` to refuse."""
+    return {names.get(k, k): v for k, v in values.items()} if isinstance(values, Mapping) else values
 
 
 def find_study(results: Path, name: str) -> StudyConfig | None:

@@ -15,7 +15,7 @@ from bench.rows import RowFile
 from bench.space_files import load_space
 from bench.study import Study
 
-SPACE = load_space("sparse", "resnet18")
+SPACE = load_space("sparse", "resnet18", space="reference")
 
 
 class Silent:

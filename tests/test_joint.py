@@ -23,7 +23,7 @@ from bench.space_files import load_space
 from mlflow_book import Book, delivered, finished, made, study_name
 from rehearsal import Silent, rows
 
-SPACE = load_space("sparse", "resnet18")
+SPACE = load_space("sparse", "resnet18", space="reference")
 
 Driver = Callable[..., "One"]
 

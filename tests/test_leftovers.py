@@ -21,7 +21,7 @@ from bench.spool import Spool
 from bench.stores import embedded, key
 from mlflow_book import finished
 
-SPACE = load_space("mirror", "resnet18").to_dict()
+SPACE = load_space("mirror", "resnet18", space="reference").to_dict()
 
 
 def begin(results: Path, name: str, *, trials: int, ran: int) -> Path:

@@ -40,7 +40,7 @@ STUDY = StudyConfig(
     arch="resnet18",
     dataset="digits",
     trials=3,
-    space=load_space("mirror", "resnet18").to_dict(),
+    space=load_space("mirror", "resnet18", space="reference").to_dict(),
 )
 IDENTITY = "0123456789abcdef"
 

@@ -13,7 +13,6 @@ import pytest
 from bench.campaign import confirm_seeds
 from bench.config import TrialConfig, UserError
 from bench.place import Options
-from bench.plans import Variant
 from bench.space_files import load_space
 from bench.transfer import TransferConfig, position, prepare_transfer, spread_out, transfer
 from bench.transfer_words import SAME, matrix_rows, pair_rows
@@ -40,7 +39,7 @@ def prepared(folder: Path, *, both: bool = False, configs: int = 3, rules: tuple
     )
     budget = {"trials": 6, "epochs": 2, "scheduler": "none", "sampler": "random", "confirm_seeds": 3, **given}
     options = Options(results=folder, concurrent=2)
-    return prepare_transfer(config, [Variant()], given=budget, changes={}, options=options)
+    return prepare_transfer(config, given=budget, changes={}, options=options)
 
 
 def run(folder: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -150,7 +149,7 @@ def test_what_a_search_has_run_already_is_not_run_again(tmp_path: Path, stage: C
     made = stage(lambda config: 0.5 - abs(math.log10(config.coefficients.get("sparse", 1e-5)) + 5) / 100)
     config = TransferConfig(name="t", rules=("sparse",), source="resnet18", targets=("resnet20",), dataset="digits")
     given = {"trials": 6, "epochs": 2, "scheduler": "none", "sampler": "random", "confirm_seeds": 3}
-    plan = prepare_transfer(config, [Variant()], given=given, changes={}, options=Options(results=tmp_path))
+    plan = prepare_transfer(config, given=given, changes={}, options=Options(results=tmp_path))
     outcome, summary = transfer(plan, say=lambda _: None)
     assert outcome == "done"
     assert rows(tmp_path / "t" / "rows.jsonl") == []
@@ -206,7 +205,7 @@ def test_another_recipe_is_refused(tmp_path: Path, stage: Callable[[Formula], St
     run(tmp_path)
     config = TransferConfig(name="t", rules=("sparse",), source="resnet18", targets=("lenet",), dataset="digits")
     with pytest.raises(UserError, match="trained with another recipe"):
-        prepare_transfer(config, [Variant()], given={}, changes={"lr": 0.5}, options=Options(results=tmp_path))
+        prepare_transfer(config, given={}, changes={"lr": 0.5}, options=Options(results=tmp_path))
 
 
 def test_a_transfer_grows_and_is_no_other(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
@@ -226,7 +225,7 @@ def test_points_are_spread_out() -> None:
 
 
 def test_positions_are_on_the_scale_of_the_space() -> None:
-    space = load_space("sparse", "resnet18")  # 1e-7 to 1e-2, logarithmic
+    space = load_space("sparse", "resnet18", space="reference")  # 1e-7 to 1e-2, logarithmic
     config = TrialConfig(rule="sparse", coefficients={"sparse": 10**-4.5}).to_dict()
     assert position(space, config) == pytest.approx((0.5,))
 
