@@ -146,7 +146,7 @@ def _numbers(found: Mapping[str, Any] | None, runs: Sequence[Row]) -> dict[str, 
     kept = runs[0]["provenance"] if runs else {}
     return {
         "coefficients": config.get("coefficients", {}),
-        "updates": {name: config[name] for name in UPDATES if config} | (found["updates"] if found else {}),
+        "updates": {name: config[name] for name in UPDATES if config} | (found or {}).get("updates", {}),
         "space": space_of(config) if config and moved_by_primitives(config["rule"]) else None,
         "seeds": found["seeds"] if found else [],
         **{name: found[name] if found else 0 for name in ("diverged", "failed")},

@@ -65,11 +65,11 @@ def best_trial(rows: Iterable[Mapping[str, Any]]) -> Row | None:
     return dict(ranked[0]) if ranked else None
 
 
-def entry(rows: Sequence[Row], reference: Sequence[Row], *, tuned: bool = False) -> dict[str, Any]:
+def entry(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, Any]:
     """One configuration over its seeds: estimates of each metric, and its paired difference to the reference.
 
     A diverged run counts at chance (its row says so); a failed one has no accuracy, is left out of the
-    means, and is counted. ``tuned``: W's learning rate was searched.
+    means, and is counted.
     """
     config = rows[0]["config"]
     measured = [row for row in rows if row["status"] != "failed"]
@@ -77,7 +77,6 @@ def entry(rows: Sequence[Row], reference: Sequence[Row], *, tuned: bool = False)
         "config": {name: value for name, value in config.items() if name != "seed"},
         "rule": config["rule"],
         "coefficients": config["coefficients"],
-        "updates": updates_of(config, tuned=tuned),
         "seeds": [row["config"]["seed"] for row in measured],
         "diverged": sum(row["status"] == "diverged" for row in rows),
         "failed": sum(row["status"] == "failed" for row in rows),
@@ -101,7 +100,10 @@ def summarize(
     """
     reference = [row for row in (*controls, *confirmed) if row["config"]["rule"] == REFERENCE]
     tuned = "lr" in config.space or lr_is_searched(searched)
-    entries = [entry(rows, reference, tuned=tuned) for rows in by_configuration(confirmed)]
+    entries = [
+        {**entry(rows, reference), "updates": updates_of(rows[0]["config"], tuned=tuned)}
+        for rows in by_configuration(confirmed)
+    ]
     objectives = OBJECTIVES[config.objective].metrics
     entries.sort(key=lambda e: -(e[objectives[0]] or {"mean": -1.0})["mean"])
     if len(objectives) > 1:
@@ -210,7 +212,8 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     coefficients = [f"{name} {value:.2e}" for name, value in found["coefficients"].items()]
-    coefficients += [f"{name} {value:.2g}" for name, value in found["updates"].items()]
+    updates = found.get("updates", updates_of(found["config"]))
+    coefficients += [f"{name} {value:.2g}" for name, value in updates.items()]
     lost = [f"{found[name]} {name}" for name in ("diverged", "failed") if found[name]]
     return (
         found["rule"],
