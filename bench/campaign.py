@@ -16,14 +16,14 @@ from typing import Any
 
 from bench.checkpoint import location
 from bench.choices import OBJECTIVES
-from bench.config import ACTIVITY_SETTINGS, StudyConfig, TrialConfig, TrialResult, UserError
+from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.drivers import LaterError
-from bench.learning.rules import parse_rule
 from bench.place import Place
 from bench.rows import Row, RowFile, control_uid, result_of
 from bench.runs import FIRST_CONFIRM_SEED, Planned, Recorder, Running, Runs
 from bench.space import Space
+from bench.spaces import idle_settings
 from bench.study import Study
 from bench.summary import summarize
 
@@ -58,7 +58,7 @@ def trial_config(
 ) -> TrialConfig:
     """One run of the study: its recipe, and these changes (of which ``rule`` may be one).
 
-    A setting of the recipe that only learned feedback weights know is left out where it has no effect.
+    A setting of the recipe that says what B sees, or what moves it, is left out where it has no effect on the rule.
     """
     values = {
         **config.recipe,
@@ -69,8 +69,8 @@ def trial_config(
         "seed": config.seed if seed is None else seed,
         **changes,
     }
-    if not parse_rule(values["rule"]).sees_activity:
-        values = {name: value for name, value in values.items() if name not in ACTIVITY_SETTINGS}
+    idle = idle_settings(values["rule"])
+    values = {name: value for name, value in values.items() if name not in idle}
     if schedules := values.get("coefficient_schedules"):
         own = values.get("coefficients", {})
         values["coefficient_schedules"] = {name: each for name, each in schedules.items() if name in own}

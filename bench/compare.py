@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.config import ACTIVITY_PRIMITIVES, UserError, digest
+from bench.config import UserError, digest
 from bench.reading import SearchRows, config_of, place_of, search_summary
 from bench.recipes import RECIPE_FIELDS
 from bench.rows import Row
 from bench.space import Space
+from bench.spaces import TELLING, idle_settings, moved_by_primitives, space_of
 from bench.statistics import versus
-from bench.summary import REFERENCE, UPDATES, by_configuration, by_seed, entry
+from bench.summary import REFERENCE, UPDATES, by_configuration, by_seed, entry, lr_is_searched
 
 VERSUS_REFERENCE, VERSUS_FIRST = f"test_acc_versus_{REFERENCE}", "test_acc_versus_first"
 
@@ -145,9 +146,8 @@ def _numbers(found: Mapping[str, Any] | None, runs: Sequence[Row]) -> dict[str, 
     kept = runs[0]["provenance"] if runs else {}
     return {
         "coefficients": config.get("coefficients", {}),
-        "updates": {name: config[name] for name in UPDATES if config},
-        "scaling": config.get("scaling"),
-        "centered": config.get("centered"),
+        "updates": {name: config[name] for name in UPDATES if config} | (found or {}).get("updates", {}),
+        "space": space_of(config) if config and moved_by_primitives(config["rule"]) else None,
         "seeds": found["seeds"] if found else [],
         **{name: found[name] if found else 0 for name in ("diverged", "failed")},
         **{name: found[name] if found else None for name in ("val_acc", "test_acc", VERSUS_REFERENCE)},
@@ -256,7 +256,7 @@ def _unequal(sides: Sequence[_Side]) -> list[str]:
     for what, value, remark in _ASPECTS:
         if said := _differing({side.label: value(side) for side in sides}):
             notes.append(f"{what} differ: {said}{remark}")
-    recipes = {name: _differing({s.label: _setting(s, name) for s in sides}) for name in RECIPE_FIELDS}
+    recipes = {name: _differing({s.label: _setting(s, name) for s in sides}) for name in _COMPARED}
     if differing := [f"{name} {said}" for name, said in recipes.items() if said]:
         notes.append(f"recipes differ: {'; '.join(differing)}")
     return notes
@@ -272,9 +272,11 @@ def _differing(values: Mapping[str, str | None]) -> str:
 
 
 def _setting(side: _Side, name: str) -> str | None:
-    """A field of its recipe."""
-    if not side.own:
+    """A field of its recipe that has an effect on its rule."""
+    if not side.own or name in idle_settings(side.own[0]["config"]["rule"]):
         return None
+    if name == "lr" and lr_is_searched(side.rows.searched):
+        return "searched"
     value = side.own[0]["config"][name]
     return "none" if value is None else str(value)
 
@@ -286,11 +288,10 @@ def _kept(side: _Side, read: Callable[[Mapping[str, Any]], Any]) -> str | None:
     return " and ".join(sorted(known)) or None
 
 
-def _scaling(side: _Side) -> str | None:
+def _space(side: _Side) -> str | None:
     """Only where it has an effect."""
     config = side.best["config"] if side.best else {}
-    sees = set(config.get("coefficients", {})) & set(ACTIVITY_PRIMITIVES)
-    return config["scaling"] + (" centered" if config["centered"] else "") if sees else None
+    return space_of(config) if config and moved_by_primitives(config["rule"]) else None
 
 
 def _chosen(side: _Side, name: str) -> str | None:
@@ -303,6 +304,8 @@ def _start(side: _Side) -> str | None:
     return "cold" if warm == "None" else warm
 
 
+#: What of a recipe is compared field by field: the rest tells the search space, or is the rule's own.
+_COMPARED = tuple(name for name in RECIPE_FIELDS if name not in (*TELLING, *UPDATES))
 _BUDGET = ": this is a comparison across unequal budgets"
 #: What may be unequal: its name, what a study has, what to say of it.
 _ASPECTS: tuple[tuple[str, Callable[[_Side], str | None], str], ...] = (
@@ -314,7 +317,7 @@ _ASPECTS: tuple[tuple[str, Callable[[_Side], str | None], str], ...] = (
     ("networks", lambda s: config_of(s.rows).arch, ""),
     ("data sets", lambda s: _kept(s, lambda kept: f"{config_of(s.rows).dataset} {kept['dataset_digest']}"), ""),
     ("numbers of test examples", lambda s: _kept(s, lambda kept: kept.get("examples", {}).get("test")), ""),
-    ("scalings", _scaling, ": equal coefficients then mean unlike things"),
+    ("search spaces", _space, ": equal coefficients then mean unlike things"),
     ("devices", lambda s: _kept(s, lambda kept: kept.get("device_name") or kept["device"]), ""),
     ("releases of bench", lambda s: _kept(s, lambda kept: kept.get("versions", {}).get("bench")), ""),
 )

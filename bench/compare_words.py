@@ -14,6 +14,7 @@ from typing import Any
 from bench.cells import NOTHING, difference, inert, interval, pairs, spread
 from bench.compare import VERSUS_FIRST, VERSUS_REFERENCE, title_of
 from bench.config import PRIMITIVE_NAMES
+from bench.space import UPDATE_FIELDS
 from bench.summary import REFERENCE, UPDATES
 
 #: To be said under the table.
@@ -82,7 +83,7 @@ def _what(line: Mapping[str, Any]) -> tuple[str, str, str, int]:
 def _settings(line: Mapping[str, Any]) -> str:
     """Coefficients, and how B is updated where that is unusual."""
     said = [f"{name} {value:.2e}" for name, value in line["coefficients"].items()]
-    said += [f"{name} {value:.2g}" for name, value in line["updates"].items() if value != UPDATES[name]]
+    said += [f"{name} {value:.2g}" for name, value in line["updates"].items() if value != UPDATES.get(name)]
     return ",\n".join(said) or NOTHING
 
 
@@ -121,8 +122,8 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     flat = {"kind": line["kind"], "study": line["study"], "beside": "; ".join(line["beside"])}
     flat |= {name: line[name] for name in _PLAIN}
     flat |= {name: line["coefficients"].get(name) for name in PRIMITIVE_NAMES}
-    flat |= {name: line["updates"].get(name) for name in UPDATES}
-    flat |= {name: line[name] for name in ("scaling", "centered")}
+    flat |= {name: line["updates"].get(name) for name in UPDATE_FIELDS}
+    flat |= {name: line[name] for name in ("space",)}
     for name in ("val_acc", "test_acc"):
         flat |= _parts(name, line[name], _ESTIMATE)
     flat |= {name: line[name] for name in ("diverged", "failed")}

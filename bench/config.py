@@ -473,7 +473,7 @@ class StudyConfig(Strict):
     """One search: everything that must not change when the study goes on (``trials`` alone may grow).
 
     ``recipe`` holds the TrialConfig fields that are the same in every trial; ``space`` is the resolved
-    search space, as `bench.space` reads it from YAML.
+    search space, as `bench.space_files` reads it from YAML.
     """
 
     name: str
@@ -510,14 +510,15 @@ def base_arch(arch: str) -> str:
     return arch.partition("@")[0]
 
 
-def study_name(rule: str, arch: str, dataset: str, *, scaling: Scaling = "reference", centered: bool = False) -> str:
+def study_name(rule: str, arch: str, dataset: str, *, space: str = "default") -> str:
     """The default name: what the study is about, in characters that every file system takes.
 
-    A width's ``@`` becomes ``x``, not the dash that all else becomes: mlp:512-2 and mlp:512@2 are two networks.
+    ``space``: that of the search, in `bench.spaces.SPACES`. A width's ``@`` becomes ``x``, not the dash that all else
+    becomes: mlp:512-2 and mlp:512@2 are two networks.
     """
     kind, _, path = dataset.partition(":")
     data = f"{kind}-{PurePath(path).name}" if path else kind
-    how = ("" if scaling == "reference" else f"-{scaling}") + ("-centered" if centered else "")
+    how = "" if space == "default" else f"-{space}"
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}".replace("@", "x") + f"-{data}{how}").strip("-.")
 
 

@@ -21,7 +21,7 @@ from bench.config import Strict, StudyConfig, TrialConfig, TrialResult, UserErro
 from bench.place import Options
 from bench.recipes import recipe_of
 from bench.search import check, search
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.spool import survey
 from bench.streams import quiet
 
@@ -99,7 +99,7 @@ def ready_for(trials: int, results: Path, *, sampler: str = "random", epochs: in
         sampler=sampler,
         scheduler="none",
         confirm_seeds=1,
-        recipe=recipe_of("digits", "lenet"),
+        recipe={**recipe_of("digits", "lenet"), **space.settings},
         space=space.to_dict(),
     )
     return check(config, space, Options(results=results))

@@ -36,7 +36,7 @@ def transfer(summary: Mapping[str, Any]) -> dict[str, float]:
     """Regrets, rank correlations and lost shares, by pair."""
     found = {}
     for pair in summary["pairs"]:
-        where = f"{pair['rule']} {pair['scaling']}/{pair['source']} to {pair['target']}"
+        where = f"{pair['rule']} {pair['space']}/{pair['source']} to {pair['target']}"
         for metric, regret in pair["regret"].items():
             if regret:
                 found[f"{where}/regret_{metric}"] = regret["mean"]

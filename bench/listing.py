@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Listing = list[dict[str, str]]
 
@@ -44,19 +44,40 @@ def _datasets() -> Listing:
 
 
 def _spaces() -> Listing:
-    from bench.space import load_space, space_names
+    from bench.spaces import SPACES
+
+    return [
+        {"name": s.name, "what": s.summary, "in every trial": _said(s.settings), "source": s.source}
+        for s in SPACES.values()
+    ]
+
+
+def _ranges() -> Listing:
+    from bench.space_files import load_space, space_names
+    from bench.spaces import SPACES, canonical_space
 
     found = []
-    for rule in space_names():
-        space = load_space(rule, "resnet18").to_dict()
-        ranges = "; ".join(
-            f"{name} {p['min']:g} to {p['max']:g} ({p['scale']})"
-            if "min" in p
-            else f"{name} {p.get('choices', p.get('value'))}"
-            for name, p in space.items()
-        )
-        found.append({"rule": rule, "searched on resnet18": ranges, "file": f"search_spaces/{rule}.yaml"})
+    for row in SPACES.values():
+        for rule in space_names(row.name):
+            if canonical_space(rule, row.name) != row.name:
+                continue
+            space = load_space(rule, "resnet18", space=row.name)
+            ranges = "; ".join(
+                f"{name} {p['min']:g} to {p['max']:g} ({p['scale']})"
+                if "min" in p
+                else f"{name} {p.get('choices', p.get('value'))}"
+                for name, p in space.to_dict().items()
+            )
+            file = "/".join(filter(None, ("search_spaces", row.folder, f"{rule}.yaml")))
+            own = {name: value for name, value in space.settings.items() if name not in row.settings}
+            found.append(
+                {"space": row.name, "rule": rule, "searched on resnet18": ranges, "sets": _said(own), "file": file}
+            )
     return found
+
+
+def _said(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "–"
 
 
 def _samplers() -> Listing:
@@ -117,6 +138,7 @@ LISTS: dict[str, Callable[[], Listing]] = {
     "networks": _networks,
     "datasets": _datasets,
     "spaces": _spaces,
+    "ranges": _ranges,
     "samplers": _samplers,
     "schedulers": _schedulers,
     "objectives": _objectives,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from bench import headlines
 from bench.campaign import CONTROLS, Ready, confirm_seeds, trial_config
-from bench.config import ACTIVITY_SETTINGS, PRIMITIVE_NAMES, Strict, StudyConfig, UserError
+from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
 from bench.learning.primitives import PRIMITIVES
 from bench.learning.rules import ANY, parse_rule, subsets
@@ -21,11 +21,12 @@ from bench.matrix_summary import Cell, summarize_matrix
 from bench.pace import seconds_per_epoch
 from bench.pages.matrix import matrix_page
 from bench.place import Options, Place
-from bench.plans import BUDGET, Variant, Wanted, find_study, plan
+from bench.plans import BUDGET, Wanted, find_wanted, plan, renamed
 from bench.programme import Programme, Say, check_own_name, conclude, recorded
 from bench.rows import Row, RowFile, control_uid
 from bench.runs import Outcome, carry_out
 from bench.space import Space
+from bench.spaces import DEFAULT, SETTINGS
 from bench.summary import best_trial, same_setting
 
 BOOK = "matrix.yaml"
@@ -42,7 +43,7 @@ class MatrixConfig(Strict):
     archs: tuple[str, ...]
     dataset: str
     primitives: tuple[str, ...] = PRIMITIVE_NAMES
-    scaling: str = "reference"
+    space: str = DEFAULT
     any: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +51,11 @@ class MatrixConfig(Strict):
         subsets(self.primitives)
         if self.any and set(self.primitives) != set(PRIMITIVE_NAMES):
             raise UserError("--any searches all five primitives: leave --primitives out, or --any.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """An older plan names its space ``scaling``."""
+        return super().from_dict(renamed(values, scaling="space"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,6 @@ class Prepared:
 
 def prepare_matrix(
     config: MatrixConfig,
-    variant: Variant,
     *,
     only: Sequence[str],
     given: Mapping[str, Any],
@@ -82,26 +87,26 @@ def prepare_matrix(
 
     ``only``: canonical names of the rules to run, a part of the matrix; empty: all.
     """
-    searches = plan(searches_of(config, variant), given=given, changes=changes, options=options)
+    searches = plan(searches_of(config), given=given, changes=changes, options=options)
     if config.any:
         settled = next(iter(searches.values())).config
         trials = len(subsets(config.primitives)) * settled.trials
         budget = {name: getattr(settled, name) for name in BUDGET} | {"trials": trials}
-        searches |= plan(any_of(config, variant), given=budget, changes=changes, options=options)
+        searches |= plan(any_of(config), given=budget, changes=changes, options=options)
     check_own_name(config.name, searches.values())
     run = [w for w in searches if not only or w.rule in only]
     return Prepared(config=config, searches=searches, run=run)
 
 
-def searches_of(config: MatrixConfig, variant: Variant) -> list[Wanted]:
+def searches_of(config: MatrixConfig) -> list[Wanted]:
     """Every subset, and the rules beside them, on every network."""
     rules = [*(rule.name for rule in subsets(config.primitives)), *(name for name in BESIDE if name not in CONTROLS)]
-    return [Wanted.of(rule, arch, config.dataset, variant) for arch in config.archs for rule in rules]
+    return [Wanted.of(rule, arch, config.dataset, config.space) for arch in config.archs for rule in rules]
 
 
-def any_of(config: MatrixConfig, variant: Variant) -> list[Wanted]:
+def any_of(config: MatrixConfig) -> list[Wanted]:
     """The searches over all subsets at once, if they are part of the matrix."""
-    return [Wanted.of(ANY, arch, config.dataset, variant) for arch in config.archs] if config.any else []
+    return [Wanted.of(ANY, arch, config.dataset, config.space) for arch in config.archs] if config.any else []
 
 
 def matrix(
@@ -150,7 +155,7 @@ class Known:
         return {
             "study": config.name,
             "dataset": config.dataset,
-            "scaling": config.scaling,
+            "space": config.space,
             "trials": budget.trials,
             "epochs": budget.epochs,
             "complete": all(is_complete(self._prepared.searches[w].config, rows) for w, rows in self._rows.items())
@@ -265,28 +270,27 @@ def outlook(prepared: Prepared) -> list[dict[str, Any]]:
 def _comparable(subset: StudyConfig, whole: StudyConfig) -> bool:
     """Whether they differ in no more than what each searches, and how many trials it has."""
     ours, theirs = (
-        {name: value for name, value in config.recipe.items() if name not in ACTIVITY_SETTINGS}
-        for config in (subset, whole)
+        {name: value for name, value in config.recipe.items() if name not in SETTINGS} for config in (subset, whole)
     )
     fields = ("epochs", "seed", "confirm_seeds", "scheduler")
     return ours == theirs and all(getattr(subset, name) == getattr(whole, name) for name in fields)
 
 
-def beside(ready: Ready, variant: Variant) -> dict[str, Any] | None:
+def beside(ready: Ready, space: str) -> dict[str, Any] | None:
     """How a search over all subsets at once (`ANY`) compares with the matrix of its network; None: there is none."""
     results, own = ready.place.options.results, ready.config
     for book in sorted(results.glob(f"*/{BOOK}")):
         config = MatrixConfig.from_dict(read_yaml(book).get("config", {}))
-        if own.arch not in config.archs or (config.dataset, config.scaling) != (own.dataset, variant.label):
+        if own.arch not in config.archs or (config.dataset, config.space) != (own.dataset, space):
             continue
         rules = [rule.name for rule in subsets(config.primitives)]
-        wanted = [Wanted.of(rule, own.arch, own.dataset, variant) for rule in rules]
+        wanted = [Wanted.of(rule, own.arch, own.dataset, space) for rule in rules]
         if len(rules) < len(subsets()):  # of other primitives than this search has
             continue
-        known = {w: begun for w in wanted if (begun := find_study(results, w.name)) and _comparable(begun, own)}
+        known = {w: begun for w in wanted if (begun := find_wanted(results, w)) and _comparable(begun, own)}
         searches = {w: replace(ready, config=begun) for w, begun in known.items()}
         if searches:
-            whole = Wanted.of(ANY, own.arch, own.dataset, variant)
+            whole = Wanted.of(ANY, own.arch, own.dataset, space)
             prepared = Prepared(config=config.replace(archs=[own.arch]), searches={**searches, whole: ready}, run=())
             found: dict[str, Any] | None = Known(prepared).summary()["archs"][own.arch]["any"]
             return found

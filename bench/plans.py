@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from bench.campaign import Ready
 from bench.choices import SAMPLERS
-from bench.config import Scaling, StudyConfig, UserError, study_name
+from bench.config import StudyConfig, UserError, study_name
 from bench.files import read_yaml
-from bench.learning.rules import ANY, parse_rule
+from bench.learning.rules import ANY
 from bench.place import Options, Place
 from bench.recipes import recipe_of
 from bench.search import check
-from bench.space import Space, load_space
+from bench.space import Space
+from bench.space_files import load_space
+from bench.spaces import DEFAULT, REFERENCE, canonical_space, recipe_in, space_of
 
 #: What makes the searches of one plan comparable, beside the recipe; the ones that may grow in a study begun before.
 BUDGET = ("trials", "epochs", "seed", "sampler", "scheduler", "confirm_seeds")
@@ -24,46 +25,40 @@ MAY_GROW = ("trials", "confirm_seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """How amp, sparse and null see a layer's activity (`bench.learning.activity`)."""
-
-    scaling: Scaling = "reference"
-    centered: bool = False
-
-    @property
-    def label(self) -> str:
-        return self.scaling + ("-centered" if self.centered else "")
-
-    @classmethod
-    def every(cls) -> dict[str, Variant]:
-        """All that there are, by label."""
-        both = [cls(scaling=s, centered=c) for s in get_args(Scaling) for c in (False, True)]
-        return {variant.label: variant for variant in both}
-
-    def recipe(self) -> dict[str, Any]:
-        """As TrialConfig fields, where they are not the default."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(type(self), k)}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A search that a plan needs: a rule (or `ANY`) on a network."""
+    """A search that a plan needs: a rule (or `ANY`) on a network, in a search space."""
 
     rule: str
     arch: str
     dataset: str
-    variant: Variant = Variant()
+    space: str = DEFAULT
 
     @classmethod
-    def of(cls, rule: str, arch: str, dataset: str, variant: Variant) -> Wanted:
-        """In a rule that does not see activity the variant has no effect: there it is one search for all."""
-        sees = rule == ANY or parse_rule(rule).sees_activity
-        return cls(rule=rule, arch=arch, dataset=dataset, variant=variant if sees else Variant())
+    def of(cls, rule: str, arch: str, dataset: str, space: str) -> Wanted:
+        """Of the spaces that are the same for a rule (`canonical_space`) it is one search for all."""
+        return cls(rule=rule, arch=arch, dataset=dataset, space=canonical_space(rule, space))
 
     @property
     def name(self) -> str:
-        variant = self.variant
-        return study_name(self.rule, self.arch, self.dataset, scaling=variant.scaling, centered=variant.centered)
+        return study_name(self.rule, self.arch, self.dataset, space=self.space)
+
+
+def find_wanted(results: Path, wanted: Wanted) -> StudyConfig | None:
+    """The search that was begun for this; None if there is none.
+
+    One of `REFERENCE` may have the name that it had when that space was the only one, without its own.
+    """
+    found = find_study(results, wanted.name)
+    if found is None and wanted.space == REFERENCE:
+        older = find_study(results, study_name(wanted.rule, wanted.arch, wanted.dataset))
+        if older is not None and space_of({"rule": older.rule, **older.recipe}) == REFERENCE:
+            return older
+    return found
+
+
+def renamed(values: Mapping[str, Any], **names: str) -> Mapping[str, Any]:
+    """The settings that an older plan kept, with the keys of today; what is no mapping is for `Strict` to refuse."""
+    return {names.get(k, k): v for k, v in values.items()} if isinstance(values, Mapping) else values
 
 
 def find_study(results: Path, name: str) -> StudyConfig | None:
@@ -86,7 +81,7 @@ def plan(
     ``changes``: to the training recipe. UserError where a search was begun with another budget or recipe: what is
     compared must have had the same.
     """
-    known = {w: found for w in dict.fromkeys(wanted) if (found := find_study(options.results, w.name))}
+    known = {w: found for w in dict.fromkeys(wanted) if (found := find_wanted(options.results, w))}
     budget = {name: _settle(name, given, known.values()) for name in BUDGET}
     places: dict[str, Place] = {}
     ready = {}
@@ -127,11 +122,12 @@ def _is_searched(config: StudyConfig) -> bool:
 
 
 def _config(wanted: Wanted, budget: Mapping[str, Any], changes: Mapping[str, Any]) -> StudyConfig:
-    recipe = {**recipe_of(wanted.dataset, wanted.arch), **changes, **wanted.variant.recipe()}
+    space = load_space(wanted.rule, wanted.arch, space=wanted.space)
+    space.check_changes(changes, wanted.space)
+    recipe = recipe_in(space, wanted.rule, recipe_of(wanted.dataset, wanted.arch), changes)
     sampler = budget["sampler"]
     if wanted.rule == ANY and sampler in SAMPLERS and not SAMPLERS[sampler].conditional:
         sampler = "tpe"
-    space = load_space(wanted.rule, wanted.arch, scaling=wanted.variant.scaling)
     return StudyConfig.from_dict(
         {
             **budget,

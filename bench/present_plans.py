@@ -18,9 +18,9 @@ def print_transfer(outcome: str, summary: Mapping[str, Any], options: Options) -
     _begin(out, outcome, summary)
     head = f"{summary['dataset']}, searches of {summary['trials']} trials × {summary['epochs']} epochs"
     words = transfer_words
-    for rule, scaling in words.matrices(summary):
-        rows, columns = words.matrix_rows(summary, rule, scaling), words.matrix_columns(summary, rule, scaling)
-        out.print(table(f"portability of {rule}, {scaling}: {head}", columns, rows, texts=1))
+    for rule, space in words.matrices(summary):
+        rows, columns = words.matrix_rows(summary, rule, space), words.matrix_columns(summary, rule, space)
+        out.print(table(f"portability of {rule}, {space}: {head}", columns, rows, texts=1))
     if summary["pairs"]:
         out.print(*words.MATRIX_CAPTION, markup=False)
         caption = "\n".join(words.PAIRS_CAPTION)
@@ -36,9 +36,7 @@ def print_matrix(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     _begin(out, outcome, summary)
     words = matrix_words
     for arch, found in summary["archs"].items():
-        head = (
-            f"{arch}, {summary['dataset']}, {summary['scaling']}: {found['trials']} trials × {found['epochs']} epochs"
-        )
+        head = f"{arch}, {summary['dataset']}, {summary['space']}: {found['trials']} trials × {found['epochs']} epochs"
         caption = "\n".join(words.table_caption(found))
         out.print(table(head, words.TABLE_COLUMNS, words.table_rows(found), caption=caption))
         caption = "\n".join(words.EFFECT_CAPTION)

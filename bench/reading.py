@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.config import ACTIVITY_SETTINGS, StudyConfig, TrialConfig, UserError, unknown
+from bench.config import StudyConfig, TrialConfig, UserError, unknown
 from bench.files import read_yaml
 from bench.journal import BOOKS
 from bench.learning.rules import ANY
 from bench.recipes import RECIPE_FIELDS
 from bench.rows import Row, RowFile, control_uid, last_attempts
-from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, summarize
+from bench.space import UPDATE_FIELDS
+from bench.spaces import SETTINGS
+from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, lr_is_searched, summarize
 
 StudyKind = Literal["search", "robustness", "transfer", "matrix", "fractions"]
 
@@ -37,7 +39,7 @@ _KINDS_OF_ROWS: dict[str, StudyKind] = {
 #: The defaults of a run: what an older row, which lacks a newer field, was trained with.
 USUAL = TrialConfig(rule=REFERENCE).to_dict()
 #: What of a configuration is the rule's and the run's own; the rest it shares with its controls.
-_OWN = ("rule", "seed", "coefficients", *UPDATES, *ACTIVITY_SETTINGS)
+_OWN = ("rule", "seed", "coefficients", *UPDATES, *SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +207,9 @@ def _belonging(config: StudyConfig | None, own: Sequence[Row], place: str | None
     """Those of the study's recipe, data and device, at its seeds; `bench.campaign` says what it runs as controls."""
     if not own or place is None:
         return []
-    rule, recipe = _rule(config, own), _control_recipe(own[0])
-    fit = [row for row in controls if row["config"]["rule"] != rule and _recipe(row) == recipe and _ran_at(row, place)]
+    rule, recipe = _rule(config, own), _control_recipe(config, own)
+    fit = [r for r in controls if r["config"]["rule"] != rule and recipe.items() <= _recipe(r).items()]
+    fit = [row for row in fit if _ran_at(row, place)]
     seeds = _seeds(config, own, fit)
     wanted = [row for row in fit if seeds is None or row["config"]["seed"] in seeds]
     return sorted(wanted, key=lambda r: (r["config"]["rule"] != REFERENCE, r["config"]["rule"], r["config"]["seed"]))
@@ -225,10 +228,18 @@ def _recipe(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row["config"].items() if name not in _OWN}
 
 
-def _control_recipe(row: Row) -> dict[str, Any]:
-    """What a run's controls are trained with: no B of theirs learns, so that noise on its updates alone is none."""
-    quiet = ("update_noise", "update_noise_on") if row["config"]["update_noise_on"] == "feedback" else ()
-    return {**_recipe(row), **{name: USUAL[name] for name in quiet}}
+def _control_recipe(config: StudyConfig | None, own: Sequence[Row]) -> dict[str, Any]:
+    """What a search's controls are trained with: no B of theirs learns, so that noise on its updates alone is none.
+
+    Where W's learning rate was searched, theirs is the recipe's; rows alone do not tell it.
+    """
+    recipe = _recipe(own[0])
+    quiet = ("update_noise", "update_noise_on") if recipe["update_noise_on"] == "feedback" else ()
+    if config is not None:
+        recipe["lr"] = config.recipe.get("lr", USUAL["lr"])
+    elif lr_is_searched(own):
+        del recipe["lr"]
+    return {**recipe, **{name: USUAL[name] for name in quiet}}
 
 
 def _ran_at(row: Row, place: str) -> bool:
@@ -260,7 +271,8 @@ def config_of(rows: SearchRows) -> StudyConfig:
     if not own:
         raise UserError(f"there are no rows of {rows.name}; name a file that has its trials.")
     first = {**USUAL, **own[0]["config"]}
-    fields = (*RECIPE_FIELDS, *NOISE, "scaling", "centered")
+    varied = {name for name in UPDATE_FIELDS if len({row["config"].get(name) for row in own}) > 1}
+    fields = [name for name in dict.fromkeys((*RECIPE_FIELDS, *NOISE, *SETTINGS)) if name not in varied]
     return StudyConfig(
         name=rows.name,
         rule=_rule(None, own),

@@ -71,7 +71,8 @@ def check_recipe(changes: dict[str, Any]) -> dict[str, Any]:
     """The fields that ``--set`` gave, if a recipe has them; UserError otherwise."""
     for name in changes:
         if name in NOT_RECIPE:
-            raise UserError(f"--set {name}: this is not part of the recipe; it is an option of its own, or searched.")
+            option = "--space says it" if name in ("scaling", "centered") else "it is an option of its own, or searched"
+            raise UserError(f"--set {name}: this is not part of the recipe; {option}.")
         if name not in RECIPE_FIELDS:
             raise unknown("key for --set", name, RECIPE_FIELDS)
     return changes

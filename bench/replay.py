@@ -17,7 +17,7 @@ from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.datasets import DATASETS
 from bench.files import read_yaml
 from bench.place import Options, Place, Share
-from bench.plans import Variant, Wanted, find_study
+from bench.plans import Wanted, find_wanted
 from bench.programme import Searched
 from bench.reading import place_of
 from bench.robustness_plan import RobustnessConfig
@@ -48,7 +48,7 @@ class Silent:
 def transfer_again(folder: Path) -> dict[str, Any]:
     """`bench.transfer`'s summary of what lies in this folder and in those of its searches."""
     config = transfer.TransferConfig.from_dict(_book(folder, transfer.BOOK))
-    routes = transfer.routes_of(config, [_variant(label) for label in config.scalings])
+    routes = transfer.routes_of(config)
     searches = _searches(folder.parent, transfer.searches_of(routes))
     known = [r for r in routes if {r.source, r.target} <= set(searches)]
     prepared = transfer.Prepared(config=config, routes=tuple(known), searches=searches)
@@ -66,8 +66,7 @@ def transfer_again(folder: Path) -> dict[str, Any]:
 def matrix_again(folder: Path) -> dict[str, Any]:
     """`bench.matrix`'s summary of what lies in the folders of its searches."""
     config = matrix.MatrixConfig.from_dict(_book(folder, matrix.BOOK))
-    variant = _variant(config.scaling)
-    wanted = [*matrix.searches_of(config, variant), *matrix.any_of(config, variant)]
+    wanted = [*matrix.searches_of(config), *matrix.any_of(config)]
     searches = _searches(folder.parent, wanted)
     summary = matrix.Known(matrix.Prepared(config=config, searches=searches, run=())).summary()
     return {**summary, "complete": summary["complete"] and len(searches) == len(wanted)}
@@ -108,18 +107,14 @@ def _file(folder: Path) -> RowFile:
     return RowFile(folder / "rows.jsonl", say=lambda _: None)
 
 
-def _variant(label: str) -> Variant:
-    return Variant.every()[label]
-
-
 def _searches(results: Path, wanted: Iterable[Wanted]) -> dict[Wanted, Ready]:
     """Those that were begun and have a row; UserError where none has."""
     options, found = Options(results=results), {}
     for w in dict.fromkeys(wanted):
-        config = find_study(results, w.name)
-        rows = _file(results / w.name).read() if config else []
+        config = find_wanted(results, w)
+        rows = _file(results / config.name).read() if config else []
         if config and rows:
-            place = _place(rows, options, results / w.name)
+            place = _place(rows, options, results / config.name)
             found[w] = Ready(config=config, space=Space.from_dict(config.space), place=place)
     if not found:
         raise UserError(f"{results}: none of this plan's searches is there; its rows must lie beside it.")

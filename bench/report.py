@@ -21,7 +21,7 @@ from bench.pages.robustness import robustness_page
 from bench.pages.search import search_page
 from bench.pages.transfer import transfer_page
 from bench.reading import Found, find, pick, read_search, search_summary
-from bench.summary import REFERENCE, budget_words, scaling_words
+from bench.summary import REFERENCE, budget_words, space_words
 
 INDEX = "index.html"
 
@@ -135,14 +135,14 @@ def _unreadable(found: Found, reason: str) -> Entry:
 
 def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
     best = summary["confirmed"][0] if summary["confirmed"] else None
-    scaling = scaling_words(best["config"]) if best else ""
+    space = space_words(best["config"]) if best else ""
     versus = best and best[f"test_acc_versus_{REFERENCE}"]
     against = f"; − {REFERENCE}: {difference(versus)}" if versus and summary["rule"] != REFERENCE else ""
     return Entry(
         name=found.name,
         kind="search",
         href=_href(found),
-        what=f"{summary['rule']} on {summary['arch']}, {summary['dataset']}{scaling and f', {scaling}'}",
+        what=f"{summary['rule']} on {summary['arch']}, {summary['dataset']}{space and f', {space}'}",
         budget=budget_words(summary),
         runs=_counts(summary["trials"]),
         headline=f"test {spread_of(best['test_acc'])} %{against}" if best else "nothing is confirmed",
@@ -194,7 +194,7 @@ def _of_fractions(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def _of_transfer(summary: dict[str, Any]) -> dict[str, str]:
-    ranked = [f"{r['rule']} ({r['scaling']})" for r in summary["rules"] if r["place"]]
+    ranked = [f"{r['rule']} ({r['space']})" for r in summary["rules"] if r["place"]]
     return {
         "what": f"{', '.join(dict.fromkeys(p['rule'] for p in summary['pairs']))}: {', '.join(summary['archs'])}",
         "budget": f"{summary['trials']} trials × {summary['epochs']} epochs a search",
@@ -212,7 +212,7 @@ def _of_matrix(summary: dict[str, Any]) -> dict[str, str]:
     best = [f"{arch}: {whole['table'][0]['name']}" for arch, whole in summary["archs"].items() if whole["table"]]
     return {
         "what": f"{sum(s['measured'] for s in subsets)} of {sum(s['expected'] for s in subsets)} subsets on "
-        f"{', '.join(summary['archs'])}, {summary['dataset']}, {summary['scaling']}",
+        f"{', '.join(summary['archs'])}, {summary['dataset']}, {summary['space']}",
         "budget": f"{summary['trials']} trials × {summary['epochs']} epochs a search",
         "runs": _counts(counts),
         "headline": f"best by validation: {'; '.join(best)}" if best else "nothing is confirmed",

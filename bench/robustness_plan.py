@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from bench.checkpoint import File, checkpoint_file, location
 from bench.config import (
-    ACTIVITY_SETTINGS,
     Strict,
     TrialConfig,
     UserError,
@@ -32,6 +31,7 @@ from bench.probe import digest_of
 from bench.recipes import recipe_of
 from bench.robustness_summary import THROUGH_B
 from bench.runs import Planned
+from bench.spaces import SETTINGS
 from bench.tracking import STEPS_PER_LEVEL
 
 #: Networks are measured with other seeds than those by which a search confirmed its best, which may have chosen it.
@@ -41,7 +41,7 @@ REFERENCE = "backprop"
 #: What differs between rules by right; everything else is the recipe, and must be the same.
 OF_A_RULE = (
     *("rule", "coefficients", "feedback_lr_factor", "feedback_every", "feedback_warmup_epochs"),
-    *ACTIVITY_SETTINGS,
+    *SETTINGS,
     "seed",
 )
 

@@ -13,12 +13,12 @@ from bench.config import StudyConfig, TrialConfig
 from bench.front import pareto_front
 from bench.provenance import code_of
 from bench.rows import Row
+from bench.space import UPDATE_FIELDS
+from bench.spaces import DEFAULT, space_of
 from bench.statistics import estimate, versus
 
 #: How B is updated, and what is not worth a word in a table.
-UPDATES = {
-    name: getattr(TrialConfig, name) for name in ("feedback_lr_factor", "feedback_every", "feedback_warmup_epochs")
-}
+UPDATES = {name: getattr(TrialConfig, name) for name in UPDATE_FIELDS if name != "lr"}
 
 #: What of a run is estimated over seeds, and what of it is compared with the reference.
 ESTIMATED = (
@@ -44,8 +44,21 @@ def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def same_setting(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs have one rule, and the same coefficients and update of B, on whatever network."""
-    return all(row["config"][name] == other["config"][name] for name in ("rule", "coefficients", *UPDATES))
+    """Whether two runs have one rule, and the same coefficients and updates of B and W, on whatever network."""
+    return all(
+        row["config"].get(name) == other["config"].get(name) for name in ("rule", "coefficients", *UPDATE_FIELDS)
+    )
+
+
+def updates_of(config: Mapping[str, Any], *, tuned: bool = False) -> dict[str, float]:
+    """How B is updated, where that is unusual, and the learning rate of W if that was ``tuned``."""
+    found = {name: config[name] for name, usual in UPDATES.items() if config.get(name, usual) != usual}
+    return {**found, "lr": config["lr"]} if tuned else found
+
+
+def lr_is_searched(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the trials of one search differ in the learning rate of W."""
+    return len({row["config"]["lr"] for row in rows}) > 1
 
 
 def best_trial(rows: Iterable[Mapping[str, Any]]) -> Row | None:
@@ -89,7 +102,11 @@ def summarize(
     ``code``: as `codes` has it.
     """
     reference = [row for row in (*controls, *confirmed) if row["config"]["rule"] == REFERENCE]
-    entries = [entry(rows, reference) for rows in by_configuration(confirmed)]
+    tuned = "lr" in config.space or lr_is_searched(searched)
+    entries = [
+        {**entry(rows, reference), "updates": updates_of(rows[0]["config"], tuned=tuned)}
+        for rows in by_configuration(confirmed)
+    ]
     objectives = OBJECTIVES[config.objective].metrics
     entries.sort(key=lambda e: -(e[objectives[0]] or {"mean": -1.0})["mean"])
     if len(objectives) > 1:
@@ -127,10 +144,10 @@ def _is_confirmed(config: StudyConfig, searched: Sequence[Row], confirmed: Seque
     return best is None or len({row["config"]["seed"] for row in ended}) >= config.confirm_seeds
 
 
-def scaling_words(config: Mapping[str, Any]) -> str:
-    """How amp, sparse and null saw the activity, where it was not the authors' way; older rows do not say it."""
-    label = config.get("scaling", TrialConfig.scaling) + ("-centered" if config.get("centered") else "")
-    return "" if label == TrialConfig.scaling else str(label)
+def space_words(config: Mapping[str, Any]) -> str:
+    """The kind of search space that a run is of, where it is not the default one."""
+    space = space_of(config)
+    return "" if space == DEFAULT else space
 
 
 def budget_words(summary: Mapping[str, Any]) -> str:
@@ -211,7 +228,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
     coefficients = [f"{name} {value:.2e}" for name, value in found["coefficients"].items()]
-    updates = {name: found["config"][name] for name in UPDATES if found["config"][name] != UPDATES[name]}
+    updates = found.get("updates", updates_of(found["config"]))
     coefficients += [f"{name} {value:.2g}" for name, value in updates.items()]
     lost = [f"{found[name]} {name}" for name in ("diverged", "failed") if found[name]]
     return (

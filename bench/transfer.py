@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from bench import headlines
 from bench.campaign import Ready, confirm_seeds, trial_config
@@ -20,11 +20,12 @@ from bench.config import Strict, TrialConfig, check_range, digest
 from bench.director import WAIT, Task, Wait
 from bench.pages.transfer import transfer_page
 from bench.place import Options, Place
-from bench.plans import Variant, Wanted, plan
+from bench.plans import Wanted, plan, renamed
 from bench.programme import Follower, Programme, Say, Searched, check_own_name, conclude, recorded
 from bench.rows import Row, RowFile
 from bench.runs import Outcome, Planned, Recorder, carry_out
 from bench.space import UPDATE_FIELDS, Range, Space
+from bench.spaces import DEFAULT
 from bench.summary import REFERENCE, best_trial, same_setting
 from bench.transfer_summary import Carried, Pair, summarize_transfer
 
@@ -40,13 +41,18 @@ class TransferConfig(Strict):
     source: str
     targets: tuple[str, ...]
     dataset: str
-    scalings: tuple[str, ...] = ("reference",)
+    spaces: tuple[str, ...] = (DEFAULT,)
     configs: int = 4
     both: bool = False
 
     def __post_init__(self) -> None:
         self._settle()
         check_range("transfer", "configs", self.configs, 0, 1000)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """An older plan names its spaces ``scalings``."""
+        return super().from_dict(renamed(values, scalings="spaces"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,30 +79,29 @@ class Prepared:
 
 def prepare_transfer(
     config: TransferConfig,
-    variants: Sequence[Variant],
     *,
     given: Mapping[str, Any],
     changes: Mapping[str, Any],
     options: Options,
 ) -> Prepared:
     """Find the searches, or plan them; ``given`` and ``changes`` as in `bench.plans.plan`, with its errors."""
-    routes = routes_of(config, variants)
+    routes = routes_of(config)
     searches = plan(searches_of(routes), given=given, changes=changes, options=options)
     check_own_name(config.name, searches.values())
     return Prepared(config=config, routes=routes, searches=searches)
 
 
-def routes_of(config: TransferConfig, variants: Sequence[Variant]) -> tuple[Route, ...]:
+def routes_of(config: TransferConfig) -> tuple[Route, ...]:
     """Every way that something is carried, each once."""
     pairs = [(config.source, target) for target in config.targets]
     pairs += [(target, source) for source, target in pairs] if config.both else []
     routes = {
         Route(
-            source=Wanted.of(rule, source, config.dataset, variant),
-            target=Wanted.of(rule, target, config.dataset, variant),
+            source=Wanted.of(rule, source, config.dataset, space),
+            target=Wanted.of(rule, target, config.dataset, space),
         ): None
         for rule in config.rules
-        for variant in variants
+        for space in config.spaces
         for source, target in pairs
     }
     return tuple(routes)
@@ -148,18 +153,19 @@ class Transfer(Follower):
         found: dict[str, Planned] = {}
         for row in self._carried(route.source):
             if row["status"] == "stopped":  # on the source it had no full budget yet
-                found |= self._planned(self._moved(row, route.source))
-            found |= self._planned(self._moved(row, route.target))
+                found |= self._planned(self._moved(row, route.source, route.source))
+            found |= self._planned(self._moved(row, route.source, route.target))
         for home, away in ((route.source, route.target), (route.target, route.source)):
             if (best := self._best(home)) is not None:
                 for seed in confirm_seeds(self._searches[away].config):
-                    found |= self._planned(self._moved(best, away, seed), read_test=True)
+                    found |= self._planned(self._moved(best, home, away, seed), read_test=True)
         return found
 
-    def _moved(self, row: Row, to: Wanted, seed: int | None = None) -> TrialConfig:
-        """The configuration of a row as it is, on another network with that one's recipe."""
+    def _moved(self, row: Row, home: Wanted, to: Wanted, seed: int | None = None) -> TrialConfig:
+        """What the search at home chose for a row, as it is, on another network with that one's recipe."""
         known = row["config"]
-        changes = {name: known[name] for name in ("coefficients", *UPDATE_FIELDS)}
+        chosen = [name for name in UPDATE_FIELDS if name in self._searches[home].space.params]
+        changes = {name: known[name] for name in ("coefficients", *chosen)}
         return trial_config(self._searches[to].config, changes, rule=known["rule"], seed=seed)
 
     def _uid(self, config: TrialConfig, *, read_test: bool) -> str:
@@ -218,7 +224,7 @@ class Transfer(Follower):
         ours, theirs = self._best(route.source), self._best(route.target)
         return Pair(
             rule=route.source.rule,
-            scaling=route.source.variant.label,
+            space=route.source.space,
             source=route.source.arch,
             target=route.target.arch,
             carried=list(self._carried_rows(route)),
@@ -234,14 +240,14 @@ class Transfer(Follower):
 
     def _carried_rows(self, route: Route) -> Iterator[Carried]:
         for row in self._carried(route.source):
-            home = self._run_of(self._moved(row, route.source)) if row["status"] == "stopped" else row
+            home = self._run_of(self._moved(row, route.source, route.source)) if row["status"] == "stopped" else row
             if home is not None:
-                yield Carried(home=home, away=self._run_of(self._moved(row, route.target)))
+                yield Carried(home=home, away=self._run_of(self._moved(row, route.source, route.target)))
 
     def _confirmed_elsewhere(self, home: Wanted, away: Wanted) -> list[Row]:
         best = self._best(home)
         seeds = confirm_seeds(self._searches[away].config) if best is not None else []
-        rows = [self._run_of(self._moved(best, away, seed), read_test=True) for seed in seeds if best is not None]
+        rows = [self._run_of(self._moved(best, home, away, seed), read_test=True) for seed in seeds if best is not None]
         return [row for row in rows if row is not None]
 
     def render(self) -> str:
@@ -259,7 +265,7 @@ def _of_best(found: Searched) -> list[Row]:
 
 def position(space: Space, config: Mapping[str, Any]) -> tuple[float, ...]:
     """Where a configuration lies in its space: each searched parameter in [0, 1], by its own scale."""
-    values = {**config["coefficients"], **{name: config[name] for name in UPDATE_FIELDS}}
+    values = {**config["coefficients"], **{name: config.get(name) for name in UPDATE_FIELDS}}
     found = []
     for name in space.searched:
         parameter, value = space.params[name], float(values[name])

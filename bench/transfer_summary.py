@@ -67,7 +67,7 @@ class Pair:
     rule: str
     source: str
     target: str
-    scaling: str
+    space: str
     carried: Sequence[Carried]
     native: Sequence[Row]
     moved: Sequence[Row]
@@ -85,12 +85,12 @@ def summarize_transfer(pairs: Sequence[Pair]) -> dict[str, Any]:
     ``archs``: all of them, in order of appearance. ``pairs``: see `_pair`. ``rules``: see `_rule`, ranked by mean test
     regret, the least first, those without one last. ValueError for a pair that stands twice.
     """
-    keys = [(pair.rule, pair.scaling, pair.source, pair.target) for pair in pairs]
+    keys = [(pair.rule, pair.space, pair.source, pair.target) for pair in pairs]
     if len(set(keys)) < len(keys):
         raise ValueError("a pair stands twice")
     regrets = {key: _by_seed_regrets(pair.native, pair.moved) for key, pair in zip(keys, pairs, strict=True)}
     entries = [_pair(pair, regrets[key]) for key, pair in zip(keys, pairs, strict=True)]
-    groups = dict.fromkeys((pair.rule, pair.scaling) for pair in pairs)
+    groups = dict.fromkeys((pair.rule, pair.space) for pair in pairs)
     ranked = sorted((_rule(*group, entries, regrets) for group in groups), key=_place)
     for place, found in enumerate(ranked, 1):
         found["place"] = place if found["regret"]["test_acc"] else None
@@ -103,13 +103,13 @@ def summarize_transfer(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def portability(summary: Mapping[str, Any], rule: str, scaling: str) -> dict[str, Any]:
+def portability(summary: Mapping[str, Any], rule: str, space: str) -> dict[str, Any]:
     """One rule's matrix: ``archs``; ``native`` {arch: test accuracy}; ``regret`` {source: {target: test regret}}.
 
     Each is an estimate, or None where there is none; a pair that was not given is missing. ``same``: the pairs (from,
     to) in which both searches chose one configuration.
     """
-    mine = [pair for pair in summary["pairs"] if (pair["rule"], pair["scaling"]) == (rule, scaling)]
+    mine = [pair for pair in summary["pairs"] if (pair["rule"], pair["space"]) == (rule, space)]
     archs = [arch for arch in summary["archs"] if any(arch in (pair["source"], pair["target"]) for pair in mine)]
     native: dict[str, Any] = dict.fromkeys(archs)
     for pair in mine:
@@ -132,7 +132,7 @@ def _pair(pair: Pair, regrets: Regrets) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "rule": pair.rule,
-        "scaling": pair.scaling,
+        "space": pair.space,
         "source": pair.source,
         "target": pair.target,
         "same": pair.same,
@@ -249,7 +249,7 @@ def _lost(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _rule(rule: str, scaling: str, entries: Sequence[dict[str, Any]], regrets: Mapping[Any, Regrets]) -> dict[str, Any]:
+def _rule(rule: str, space: str, entries: Sequence[dict[str, Any]], regrets: Mapping[Any, Regrets]) -> dict[str, Any]:
     """One rule over its pairs.
 
     ``pairs``: how many were given. ``regret`` {val_acc, test_acc}: the mean over the ``pairs`` that have one, taken at
@@ -258,14 +258,14 @@ def _rule(rule: str, scaling: str, entries: Sequence[dict[str, Any]], regrets: M
     count, of, pairs}, summed over pairs; the same configurations went to several targets, so that there is no interval.
     ``versus_next``: mean test regret − that of the next rule, see `_versus_next`. ``place``: from 1.
     """
-    mine = [e for e in entries if (e["rule"], e["scaling"]) == (rule, scaling)]
-    own = [r for key, r in regrets.items() if key[:2] == (rule, scaling)]
+    mine = [e for e in entries if (e["rule"], e["space"]) == (rule, space)]
+    own = [r for key, r in regrets.items() if key[:2] == (rule, space)]
     worst = max((e for e in mine if e["regret"]["test_acc"]), key=_test_regret, default=None)
     rhos = [e["rank"]["rho"] for e in mine if e["rank"]["rho"] is not None]
     count, of = (sum(e["lost"][name] for e in mine) for name in ("count", "of"))
     return {
         "rule": rule,
-        "scaling": scaling,
+        "space": space,
         "place": None,
         "pairs": len(mine),
         "regret": {name: _mean_regret([r[name] for r in own if r[name]]) for name in ACCURACIES},
@@ -292,13 +292,13 @@ def _mean_regret(several: Sequence[Mapping[int, float]]) -> dict[str, Any] | Non
 
 def _place(found: Mapping[str, Any]) -> tuple[bool, float, str, str]:
     known = found["regret"]["test_acc"] is not None
-    return not known, _test_regret(found) if known else 0.0, found["rule"], found["scaling"]
+    return not known, _test_regret(found) if known else 0.0, found["rule"], found["space"]
 
 
 def _versus_next(ours: Mapping[str, Any], theirs: Mapping[str, Any], regrets: Mapping[Any, Regrets]) -> Any:
     """The difference of two rules' mean test regrets over the ``pairs`` that both have, paired by seed; or None."""
     sides = [
-        {key[2:]: r["test_acc"] for key, r in regrets.items() if key[:2] == (e["rule"], e["scaling"]) and r["test_acc"]}
+        {key[2:]: r["test_acc"] for key, r in regrets.items() if key[:2] == (e["rule"], e["space"]) and r["test_acc"]}
         for e in (ours, theirs)
     ]
     common = [key for key in sides[0] if key in sides[1]]

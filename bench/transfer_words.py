@@ -38,7 +38,7 @@ SAME = "0: both chose the same"
 #: The headings of the tables.
 PAIR_COLUMNS = (
     "rule",
-    "scaling",
+    "space",
     "from → to",
     "native test %",
     "moved test %",
@@ -51,7 +51,7 @@ PAIR_COLUMNS = (
 RANKING_COLUMNS = (
     "",
     "rule",
-    "scaling",
+    "space",
     "pairs",
     "mean regret test, points [95 %]",
     "validation, points [95 %]",
@@ -67,7 +67,7 @@ def pair_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             pair["rule"],
-            pair["scaling"],
+            pair["space"],
             f"{pair['source']} → {pair['target']}",
             _runs(pair["native"]),
             _runs(pair["moved"]),
@@ -82,28 +82,28 @@ def pair_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def matrices(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(rule, scaling) of every matrix that there is, in order of appearance."""
-    return list(dict.fromkeys((pair["rule"], pair["scaling"]) for pair in summary["pairs"]))
+    """(rule, space) of every matrix that there is, in order of appearance."""
+    return list(dict.fromkeys((pair["rule"], pair["space"]) for pair in summary["pairs"]))
 
 
-def matrix_columns(summary: Mapping[str, Any], rule: str, scaling: str) -> tuple[str, ...]:
+def matrix_columns(summary: Mapping[str, Any], rule: str, space: str) -> tuple[str, ...]:
     """The headings of `matrix_rows`: the networks that it was carried to."""
-    return ("from \\ to", *portability(summary, rule, scaling)["archs"])
+    return ("from \\ to", *portability(summary, rule, space)["archs"])
 
 
-def matrix_rows(summary: Mapping[str, Any], rule: str, scaling: str) -> list[tuple[str, ...]]:
+def matrix_rows(summary: Mapping[str, Any], rule: str, space: str) -> list[tuple[str, ...]]:
     """One row per network that the coefficients are from."""
-    found = portability(summary, rule, scaling)
+    found = portability(summary, rule, space)
     return [(source, *(_place(found, source, target) for target in found["archs"])) for source in found["archs"]]
 
 
 def ranking_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row per rule and scaling, the least mean regret first."""
+    """One row per rule and space, the least mean regret first."""
     return [
         (
             NOTHING if found["place"] is None else str(found["place"]),
             found["rule"],
-            found["scaling"],
+            found["space"],
             _pairs(found),
             difference(found["regret"]["test_acc"]),
             difference(found["regret"]["val_acc"]),

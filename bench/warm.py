@@ -12,6 +12,7 @@ from bench.plans import find_study
 from bench.proposals import fits
 from bench.rows import Row, RowFile
 from bench.space import UPDATE_FIELDS, Space
+from bench.spaces import space_of
 
 #: So many of the source's configurations are tried first, and no more than a quarter of the budget.
 MOST = 5
@@ -20,8 +21,8 @@ MOST = 5
 def warm_trials(results: Path, source: str, config: StudyConfig, space: Space) -> tuple[dict[str, Any], ...]:
     """The source's best configurations, best first, as values of the searched parameters of ``space``.
 
-    Those outside of this space are left out. UserError if there is no such search, if it is of another rule or scaling
-    (whose coefficients mean something else), or if none of its configurations lies in this space.
+    Those outside of this space are left out. UserError if there is no such search, if it is of another rule or kind of
+    space (whose coefficients mean something else), or if none of its configurations lies in this space.
     """
     before = find_study(results, config.name)
     if before is not None and before.warm_from == source:  # a search that goes on keeps what it began with
@@ -38,12 +39,15 @@ def warm_trials(results: Path, source: str, config: StudyConfig, space: Space) -
         )
     if known.rule != config.rule:
         raise UserError(f"--warm-from {source}: it is of the rule {known.rule!r}, and this of {config.rule!r}.")
-    for name in ("scaling", "centered"):
-        if known.recipe.get(name) != config.recipe.get(name):
-            raise UserError(f"--warm-from {source}: its {name} is another, and its coefficients mean something else.")
+    theirs, ours = (space_of({"rule": each.rule, **each.recipe}) for each in (known, config))
+    if theirs != ours:
+        raise UserError(
+            f"--warm-from {source}: its space is {theirs!r}, and this {ours!r}: its coefficients mean something else; "
+            f"name the same --space, or another search."
+        )
     rows = _finished(results, source)
     best = sorted(rows, key=lambda row: (-row["metrics"]["val_acc"], row["uid"]))
-    values = [{**row["config"]["coefficients"], **{n: row["config"][n] for n in UPDATE_FIELDS}} for row in best]
+    values = [{**row["config"]["coefficients"], **{n: row["config"].get(n) for n in UPDATE_FIELDS}} for row in best]
     params = [{name: value[name] for name in space.searched if name in value} for value in values]
     inside = [p for p in params if fits(p, space.distributions(), space.conditions())]
     if not inside:

@@ -20,7 +20,7 @@ from typing import Any
 from bench.config import StudyConfig, TrialConfig, TrialResult
 from bench.place import Options
 from bench.recipes import recipe_of
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.trial import run_trial
 
 FOLDER = "BENCH_RIVALS"
@@ -61,7 +61,7 @@ def of_bench(given: Mapping[str, Any], folder: Path) -> None:
         scheduler="none",
         seed=given["seed"],
         confirm_seeds=0,
-        recipe=recipe_of(given["dataset"], given["arch"]),
+        recipe={**recipe_of(given["dataset"], given["arch"]), **space.settings},
         space=space.to_dict(),
     )
     ready = check(config, space, Options(results=folder, device="cpu"))
@@ -77,7 +77,7 @@ def of_optuna(given: Mapping[str, Any], folder: Path) -> None:
 
     def objective(asked: optuna.Trial) -> float:
         params = {name: asked._suggest(name, d) for name, d in space.distributions().items()}
-        config = TrialConfig.from_dict({**fields(given), **space.changes(params)})
+        config = TrialConfig.from_dict({**fields(given), **space.settings, **space.changes(params)})
         checkpoint = str(folder / f"{asked.number}.pt")
         result = trial(config, lambda epoch, metrics: asked.report(metrics["val_acc"], epoch), checkpoint=checkpoint)
         return result.metrics["val_acc"]
@@ -98,7 +98,7 @@ def of_ray(given: Mapping[str, Any], folder: Path) -> None:
     }
 
     def trainable(params: dict[str, float]) -> None:
-        config = TrialConfig.from_dict({**fields(given), **space.changes(params)})
+        config = TrialConfig.from_dict({**fields(given), **space.settings, **space.changes(params)})
         trial(config, lambda _, metrics: tune.report(dict(metrics)), threads=1, checkpoint="trial.pt")
 
     import optuna

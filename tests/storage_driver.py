@@ -17,7 +17,7 @@ from bench.config import StudyConfig, TrialResult
 from bench.director import Task
 from bench.pages.parts import Page
 from bench.place import Options, Place, Share
-from bench.space import load_space
+from bench.space_files import load_space
 from rehearsal import Silent
 
 EPOCHS, CONCURRENT = 3, 2
@@ -25,7 +25,7 @@ EPOCHS, CONCURRENT = 3, 2
 
 def main() -> None:
     results, url, trials, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-    space = load_space("sparse", "resnet18")
+    space = load_space("sparse", "resnet18", space="reference")
     place = Place(
         options=Options(results=results, storage=url),
         share=Share(concurrent=CONCURRENT, threads=1, gpus=0.0),

@@ -19,14 +19,16 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState, create_trial
 
 from bench.choices import SAMPLERS, check_choices, make_sampler
-from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, StudyConfig, TrialConfig, TrialResult, UserError
+from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, StudyConfig, TrialConfig, TrialResult, UserError
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.proposals import Proposal, propose
-from bench.space import Choices, Fixed, Range, Space, load_space
+from bench.space import Choices, Fixed, Range, Space
+from bench.space_files import load_space
+from bench.spaces import SPACES
 from bench.study import Study
 
 CHANCE = 0.1
-SPACE = load_space(ANY, "resnet18", scaling="normalized")
+SPACE = load_space(ANY, "resnet18", space="normalized")
 CONDITIONAL = sorted(name for name, row in SAMPLERS.items() if row.conditional)
 
 
@@ -67,11 +69,11 @@ def tell(study: Study, proposal: Proposal, status: Any = "finished") -> None:
 # --- the space -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", ["reference", "normalized"])
+@pytest.mark.parametrize("kind", sorted(set(SPACES) - {"adam"}))
 @pytest.mark.parametrize("arch", ["resnet18", "lenet"])
-def test_it_is_the_primitives_own_spaces_each_optional(arch: str, scaling: Scaling) -> None:
-    space = load_space(ANY, arch, scaling=scaling)
-    own = {name: load_space(name, arch, scaling=scaling).params[name] for name in PRIMITIVE_NAMES}
+def test_it_is_the_primitives_own_spaces_each_optional(arch: str, kind: str) -> None:
+    space = load_space(ANY, arch, space=kind)
+    own = {name: load_space(name, arch, space=kind).params[name] for name in PRIMITIVE_NAMES}
     assert space.params == own
     assert space.optional == PRIMITIVE_NAMES
     assert space.conditions() == {name: f"use_{name}" for name in PRIMITIVE_NAMES}
@@ -81,7 +83,7 @@ def test_it_is_the_primitives_own_spaces_each_optional(arch: str, scaling: Scali
 
 
 def test_an_ordinary_space_has_no_conditions_and_is_written_as_ever() -> None:
-    space = load_space("sparse", "resnet18")
+    space = load_space("sparse", "resnet18", space="reference")
     assert space.conditions() == {}
     assert space.to_dict() == {"sparse": {"min": 1e-7, "max": 1e-2, "scale": "log"}}
 
@@ -343,6 +345,6 @@ def test_a_study_of_a_release_without_conditions_has_none(tmp_path: Path) -> Non
 
 
 def test_only_the_activity_primitives_have_other_ranges_when_normalized() -> None:
-    reference = load_space(ANY, "resnet18")
+    reference = load_space(ANY, "resnet18", space="reference")
     differ = [name for name in PRIMITIVE_NAMES if reference.params[name] != SPACE.params[name]]
     assert differ == list(ACTIVITY_PRIMITIVES)

@@ -88,7 +88,7 @@ def test_every_list_is_shown_and_is_json_too(capsys: pytest.CaptureFixture[str])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         *("rules", "primitives", "networks", "datasets", "spaces", "samplers", "schedulers"),
-        *("objectives", "scalings", "sites", "attacks"),
+        *("objectives", "scalings", "sites", "attacks", "ranges"),
     }
     assert {"sparse", "kolen-pollack"} <= {r["name"] for r in found["rules"]}
     assert main(["list", "rules"]) == 0

@@ -243,10 +243,12 @@ def test_a_budget_that_is_not_used_up_is_said() -> None:
     assert "a: 1 of 20 trials are known" in notes(with_settings(A, trials=20))
 
 
-def test_coefficients_of_another_scaling_are_said_to_mean_something_else() -> None:
+def test_coefficients_of_another_space_are_said_to_mean_something_else() -> None:
     first = search("r", {1: 0.5}, rule="amp", coefficients={"amp": 1.0})
     second = search("n", {1: 0.5}, rule="amp", coefficients={"amp": 1.0}, scaling="normalized", centered=True)
-    assert any(n.startswith("scalings differ: reference (r), normalized centered (n)") for n in notes(first, second))
+    assert any(
+        n.startswith("search spaces differ: reference (r), normalized-centered (n)") for n in notes(first, second)
+    )
 
 
 def test_nothing_to_compare_is_an_error() -> None:

@@ -19,11 +19,11 @@ from bench.pages.parts import Page
 from bench.place import Options, Place, Share
 from bench.rows import RowFile, row
 from bench.search import Open, opened
-from bench.space import load_space
+from bench.space_files import load_space
 from mlflow_book import Book, delivered, finished, made, study_name
 from rehearsal import Silent, rows
 
-SPACE = load_space("sparse", "resnet18")
+SPACE = load_space("sparse", "resnet18", space="reference")
 
 Driver = Callable[..., "One"]
 

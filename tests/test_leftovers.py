@@ -16,12 +16,12 @@ from bench.journal import claimed
 from bench.leftovers import check_leftovers
 from bench.reading import find
 from bench.rows import RowFile, row
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.spool import Spool
 from bench.stores import embedded, key
 from mlflow_book import finished
 
-SPACE = load_space("mirror", "resnet18").to_dict()
+SPACE = load_space("mirror", "resnet18", space="reference").to_dict()
 
 
 def begin(results: Path, name: str, *, trials: int, ran: int) -> Path:

@@ -57,8 +57,7 @@ _BUDGET = {
     "--seed": "1",
     "--sampler": "random",
     "--scheduler": "none",
-    "--scaling": "normalized",
-    "--centered": None,
+    "--space": "normalized",
     "--dataset": "digits",
 }
 OPTIONS: dict[str, dict[str, str | None]] = {
@@ -73,6 +72,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
         "--draws": "2",
         "--confirm-top": "2",
         "--warm-from": "known",
+        "--tune-lr": None,
     },
     "transfer": {
         **_RUNS,

@@ -16,7 +16,9 @@ from bench.files import parse_scalar, read_yaml, write_yaml
 from bench.learning.rules import RULES
 from bench.matrix import MatrixConfig
 from bench.robustness_plan import RobustnessConfig
-from bench.space import Space, load_space, space_folder, space_names
+from bench.space import Space
+from bench.space_files import load_space, space_folder, space_names
+from bench.spaces import SPACES as KINDS
 from bench.transfer import TransferConfig
 from malformed import ODD_TEXTS, damaged, examples, mutated, nested, refused_in_one_line
 
@@ -31,7 +33,7 @@ STUDY = StudyConfig(
     warm_from="other",
     warm=({"amp": 1.0},),
     recipe={"lr": 0.1, "step_epochs": [3, 5]},
-    space=load_space("mirror", "lenet").to_dict(),
+    space=load_space("mirror", "lenet", space="reference").to_dict(),
 )
 RESULT = TrialResult(
     config=TRIAL,
@@ -80,25 +82,31 @@ def test_a_space_with_a_fault_is_refused_or_survives_json(bad: Any) -> None:
         space.distributions()
 
 
-SPACES = {name: (space_folder() / f"{name}.yaml").read_bytes() for name in space_names()}
+SPACES = {
+    (kind.folder, name): (space_folder() / kind.folder / f"{name}.yaml").read_bytes()
+    for kind in KINDS.values()
+    for name in space_names(kind.name)
+}
 
 
-def read_space(name: str, content: bytes) -> None:
+def read_space(folder_of: str, name: str, content: bytes) -> None:
     """As a search reads it, in each of its sections."""
     with tempfile.TemporaryDirectory() as folder, refused_in_one_line():
-        (Path(folder) / f"{name}.yaml").write_bytes(content)
-        for scaling in ("reference", "normalized"):
-            space = load_space(name, "lenet", Path(folder), scaling=scaling)
-            space.distributions()
-            for corner in space.corners():
-                TrialConfig.from_dict({"rule": "backprop", **space.changes(corner)})
+        (Path(folder) / folder_of).mkdir(exist_ok=True)
+        (Path(folder) / folder_of / f"{name}.yaml").write_bytes(content)
+        for kind in KINDS.values():
+            if kind.folder == folder_of:
+                space = load_space(name, "lenet", Path(folder), space=kind.name)
+                space.distributions()
+                for corner in space.corners():
+                    TrialConfig.from_dict({"rule": name, **space.settings, **space.changes(corner)})
 
 
 @examples(80)
 @given(data=st.data())
 def test_a_file_of_a_space_with_damaged_bytes(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SPACES)))
-    read_space(name, data.draw(damaged(SPACES[name])))
+    read_space(*name, data.draw(damaged(SPACES[name])))
 
 
 @examples(80)
@@ -106,14 +114,14 @@ def test_a_file_of_a_space_with_damaged_bytes(data: st.DataObject) -> None:
 def test_a_file_of_a_space_with_a_wrong_value(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SPACES)))
     with tempfile.TemporaryDirectory() as folder:
-        whole = read_yaml(space_folder() / f"{name}.yaml")
+        whole = read_yaml(space_folder() / name[0] / f"{name[1]}.yaml")
         bad = data.draw(mutated(whole).filter(lambda value: isinstance(value, dict)))
         path = Path(folder) / "written.yaml"
         try:
             write_yaml(path, bad)
         except UnicodeEncodeError:  # a lone surrogate is no text, in any file
             return
-        read_space(name, path.read_bytes())
+        read_space(*name, path.read_bytes())
 
 
 BOOK = b"""# a book
@@ -169,4 +177,4 @@ def test_a_value_on_the_command_line_is_refused_or_plain(text: str) -> None:
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_every_rule_with_a_space_takes_part(rule: str) -> None:
-    assert (rule in SPACES) == (RULES[rule].learns)
+    assert (("", rule) in SPACES) == (RULES[rule].learns)

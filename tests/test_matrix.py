@@ -16,7 +16,7 @@ from bench.journal import claimed
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix import MatrixConfig, beside, matrix, outlook, prepare_matrix
 from bench.place import Options
-from bench.plans import Variant
+from bench.spaces import DEFAULT
 from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
 
 #: What each primitive adds to the accuracy of 0.4 that fixed feedback has, and the one pair that does more together.
@@ -38,7 +38,7 @@ def prepared(folder: Path, *, only: tuple[str, ...] = (), primitives: tuple[str,
     config = MatrixConfig(name="m", archs=("lenet",), dataset="digits", primitives=primitives, any=whole)
     given = {"trials": 2, "epochs": 1, "scheduler": "none", "sampler": "random", "confirm_seeds": 3, **more}
     options = Options(results=folder, concurrent=2)
-    return prepare_matrix(config, Variant(), only=only, given=given, changes={}, options=options)
+    return prepare_matrix(config, only=only, given=given, changes={}, options=options)
 
 
 def run(folder: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -69,14 +69,14 @@ def test_all_subsets_beside_the_controls(tmp_path: Path, stage: Callable[[Formul
     assert tried <= {"feedback", *(rule.name for rule in subsets())}
     searches = prepared(tmp_path, any=True).searches
     whole = next(ready for w, ready in searches.items() if w.rule == ANY)
-    assert beside(whole, Variant()) == found
+    assert beside(whole, DEFAULT) == found
     # its budget, where nobody names one, is that of the searches that were found
     config = MatrixConfig(name="m", archs=("lenet",), dataset="digits", any=True)
     options = Options(results=tmp_path)
-    known = prepare_matrix(config, Variant(), only=(), given={}, changes={}, options=options).searches.values()
+    known = prepare_matrix(config, only=(), given={}, changes={}, options=options).searches.values()
     assert {(ready.config.epochs, ready.config.confirm_seeds) for ready in known} == {(1, 3)}
     longer = replace(whole, config=whole.config.replace(epochs=2))
-    assert beside(longer, Variant()) is None
+    assert beside(longer, DEFAULT) is None
 
 
 def the_effects_are_those_of_the_formula(found: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ def test_rows_of_other_data_are_refused_before_anything_runs(
 def test_a_plan_has_a_name_of_its_own(tmp_path: Path) -> None:
     config = MatrixConfig(name="decay-lenet-digits", archs=("lenet",), dataset="digits", primitives=("decay",))
     with pytest.raises(UserError, match="one of its own searches"):
-        prepare_matrix(config, Variant(), only=(), given={}, changes={}, options=Options(results=tmp_path))
+        prepare_matrix(config, only=(), given={}, changes={}, options=Options(results=tmp_path))
 
 
 def test_of_a_grown_study_the_current_best_counts(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811

@@ -27,7 +27,7 @@ from bench.noise import SITES
 from bench.place import Options, Place, Share
 from bench.rows import Row, RowFile, row
 from bench.search import _write_best
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.study import Study
 from bench.summary import columns, headline, summarize, table_rows
 from bench.training import prepare, update_levels
@@ -36,7 +36,7 @@ from bench.verbs.train import _train_config
 from test_campaign import Silent
 from test_search import rows, runs
 
-SPACE = load_space("sparse", "resnet18")
+SPACE = load_space("sparse", "resnet18", space="reference")
 NOISE = {"noise_site": "input", "noise_levels": [0.2, 0.6], "noise_draws": 2}
 SCHEDULER = {"accuracy": "asha", "robustness": "asha", "both": "none"}
 #: (validation accuracy, area) of four trials; the last is dominated by the second.

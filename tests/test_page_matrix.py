@@ -62,7 +62,7 @@ def found(cells: Iterable[Cell], primitives: Sequence[str] = THREE, **more: Any)
 
 
 def page_of(**archs: Any) -> Page:
-    given = {"study": "matrix-x", "dataset": "digits", "scaling": "reference", "trials": 8, "epochs": 3}
+    given = {"study": "matrix-x", "dataset": "digits", "space": "reference", "trials": 8, "epochs": 3}
     return matrix_page({**given, "complete": True, "archs": archs})
 
 
@@ -337,7 +337,7 @@ def test_one_search_over_all_subsets_is_compared_in_words() -> None:
 
 
 def test_a_matrix_of_two_networks_is_a_file_and_says_what_is_not_complete() -> None:
-    given = {"study": "m", "dataset": "digits", "scaling": "reference", "trials": 8, "epochs": 3, "complete": False}
+    given = {"study": "m", "dataset": "digits", "space": "reference", "trials": 8, "epochs": 3, "complete": False}
     page = matrix_page({**given, "archs": {"lenet": found(WHOLE), "vgg11": found(WHOLE[:3])}})
     assert page.facts["state"].startswith("not complete")
     titles = [figure.title for figure in every(page, Figure)]

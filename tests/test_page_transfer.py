@@ -32,10 +32,10 @@ def carried(*points: tuple[float, float], status: str = "finished") -> list[Carr
     return [Carried(home=run(0, h, at=i), away=run(0, a, at=i, status=status)) for i, (h, a) in enumerate(points)]
 
 
-def pair(source: str = "a", target: str = "b", rule: str = "mirror", scaling: str = "reference", **more: Any) -> Pair:
+def pair(source: str = "a", target: str = "b", rule: str = "mirror", space: str = "reference", **more: Any) -> Pair:
     empty: dict[str, Sequence[Any]] = dict.fromkeys(("carried", "native", "moved", "home", "back", "reference"), ())
     given = {**empty, "chance": CHANCE, "examples": 900, **more}
-    return Pair(rule=rule, source=source, target=target, scaling=scaling, **given)
+    return Pair(rule=rule, source=source, target=target, space=space, **given)
 
 
 def moved(cost: float, *more: float, **names: Any) -> Pair:
@@ -96,8 +96,8 @@ def test_regrets_are_those_of_the_rows_in_points_ordered_by_rank() -> None:
     ]
 
 
-def test_scalings_of_one_rule_have_groups_of_their_own_in_its_colour() -> None:
-    made = figure(transfer_page(summary(moved(0.03), moved(0.01, scaling="normalized"))), "Regret of every pair")
+def test_spaces_of_one_rule_have_groups_of_their_own_in_its_colour() -> None:
+    made = figure(transfer_page(summary(moved(0.03), moved(0.01, space="normalized"))), "Regret of every pair")
     bars = [trace for trace in made.plot["data"] if trace["type"] == "bar"]
     assert [bar["name"] for bar in bars] == ["mirror, normalized", "mirror, reference"]
     assert len({bar["marker"]["color"] for bar in bars}) == 1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bench.replay import matrix_again, transfer_again
-from bench.space import space_folder
+from bench.space_files import space_folder
 from mlflow_book import Book
 from rehearsal import rows
 
@@ -32,7 +32,7 @@ arch:
 """
 #: The command line, with the search spaces of another folder.
 MAIN = (
-    "import sys, pathlib, bench.space as s, bench.cli as c;"
+    "import sys, pathlib, bench.space_files as s, bench.cli as c;"
     "s.space_folder = lambda: pathlib.Path('spaces').resolve(); sys.exit(c.main())"
 )
 

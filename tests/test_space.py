@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import optuna
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import bench
-from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, StudyConfig, TrialConfig, UserError
+from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, StudyConfig, TrialConfig, UserError
 from bench.files import read_yaml, write_yaml
 from bench.learning.rules import RULES, parse_rule, subsets
 from bench.models import check_arch
@@ -27,23 +27,22 @@ from bench.space import (
     Parameter,
     Range,
     Space,
-    load_space,
-    space_folder,
-    space_names,
 )
+from bench.space_files import load_space, space_folder, space_names
+from bench.spaces import SPACES, canonical_space, space_of
 from bench.trial import run_trial
 
 REPOSITORY = Path(__file__).parents[1]
-#: Each file, for any network and for each that it has a section for, in each scaling.
+#: Each file in each space that it serves, for any network and for each that it has a section for.
 CASES = [
-    (name, arch, scaling)
-    for name in space_names()
-    for arch in ("any", *read_yaml(space_folder() / f"{name}.yaml").get("arch", {}))
-    for scaling in get_args(Scaling)
+    (name, arch, row.name)
+    for row in SPACES.values()
+    for name in space_names(row.name)
+    for arch in ("any", *read_yaml(space_folder() / row.folder / f"{name}.yaml").get("arch", {}))
 ]
 
 ENTRY = "{min: 1e-5, max: 1e-2, scale: log, source: here}"
-GOOD = f"rule: symmetric\nsource: here\nspace:\n  decay: {ENTRY}\n  self: {ENTRY}\n"
+GOOD = f"rule: symmetric\nsource: here\nsettings: {{feedback_lr: 0.1}}\nspace:\n  decay: {ENTRY}\n  self: {ENTRY}\n"
 
 
 def finite(low: float, high: float) -> st.SearchStrategy[float]:
@@ -84,10 +83,15 @@ def test_a_space_survives_json_and_a_study(space: Space) -> None:
 def test_what_optuna_proposes_is_a_configuration_within_the_space(space: Space, seed: int) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     params = study.ask(space.distributions()).params
-    config = TrialConfig(rule="r").replace(**space.changes(params))
+    changes = space.changes(params)
+    if "feedback_lr" in changes:  # in a space that has it, B has its own optimizer, without a factor
+        changes |= {"feedback_optimizer": "sgd", "feedback_lr_factor": 1.0}
+    config = TrialConfig(rule="r").replace(**changes)
     assert set(params) == set(space.searched)
     for name, parameter in space.params.items():
         value = config.coefficients[name] if name in PRIMITIVE_NAMES else getattr(config, name)
+        if name == "feedback_lr_factor" and "feedback_lr" in changes:
+            continue
         if isinstance(parameter, Range):
             assert parameter.min <= value <= parameter.max
         else:
@@ -128,7 +132,7 @@ def test_corners() -> None:
 
 
 def test_values_for_other_parameters_are_refused() -> None:
-    space = load_space("symmetric", "resnet18")
+    space = load_space("symmetric", "resnet18", space="reference")
     with pytest.raises(UserError, match="searches decay, self, not decay"):
         space.changes({"decay": 1})
     with pytest.raises(UserError, match="searches decay, self, not decay, self, amp"):
@@ -152,22 +156,24 @@ def test_every_rule_with_something_to_search_has_a_file() -> None:
     assert set(space_names()) == {name for name, rule in RULES.items() if rule.learns}
 
 
-@pytest.mark.parametrize(("rule", "arch", "scaling"), CASES)
-def test_every_file_holds_at_its_corners(rule: str, arch: str, scaling: Scaling) -> None:
-    space = load_space(rule, arch, scaling=scaling)
+@pytest.mark.parametrize(("rule", "arch", "kind"), CASES)
+def test_every_file_holds_at_its_corners(rule: str, arch: str, kind: str) -> None:
+    space = load_space(rule, arch, space=kind)
     assert space.searched
+    assert all(entry.source for entry in space.params.values())
     row = parse_rule(rule)
     for params in space.corners():
-        config = TrialConfig(rule=rule).replace(**space.changes(params))
+        config = TrialConfig(rule=rule).replace(**space.settings, **space.changes(params))
         assert set(config.coefficients) == (set() if row.task_gradient else set(row.primitives))
+        assert space_of(config.to_dict()) == canonical_space(rule, kind)
 
 
-@pytest.mark.parametrize("rule", space_names())
-def test_every_file_runs_at_its_corners(rule: str) -> None:
-    space = load_space(rule, "resnet20")
-    small = TrialConfig(rule=rule, arch="resnet20", epochs=1, batch_size=16, train_examples=32, measure_alignment=False)
+@pytest.mark.parametrize(("rule", "kind"), sorted({(rule, kind) for rule, _, kind in CASES}))
+def test_every_file_runs_at_its_corners(rule: str, kind: str) -> None:
+    space = load_space(rule, "lenet", space=kind)
+    small = TrialConfig(rule=rule, arch="lenet", epochs=1, batch_size=16, train_examples=32, measure_alignment=False)
     for params in space.corners():
-        result = run_trial(small.replace(**space.changes(params)), device="cpu")
+        result = run_trial(small.replace(**space.settings, **space.changes(params)), device="cpu")
         assert result.status in ("finished", "diverged")
         assert 0 <= result.metrics["val_acc"] <= 1
 
@@ -202,12 +208,18 @@ def test_a_subset_without_a_file_is_composed_and_with_one_is_read(tmp_path: Path
     shutil.copytree(space_folder(), tmp_path / "spaces")
     folder = tmp_path / "spaces"
     composed = load_space("sparse+decay+null", "lenet", folder)
-    parts = {name: load_space(name, "lenet", folder).params[name] for name in ("decay", "null", "sparse")}
+    alone = {name: load_space(name, "lenet", folder) for name in ("decay", "null", "sparse")}
+    parts = {name: space.params[name] for name, space in alone.items()}
     assert composed.params == parts
+    assert composed.settings == alone["null"].settings
+    assert "feedback_input" not in alone["decay"].settings  # it sees none
     entry = {"value": 1.0, "source": "here"}
     own = {"rule": "decay+null+sparse", "source": "here", "space": dict.fromkeys(parts, entry)}
+    own["settings"] = {"feedback_lr": 0.5}
     write_yaml(folder / "decay+null+sparse.yaml", own)
-    assert load_space("sparse+decay+null", "lenet", folder).params == dict.fromkeys(parts, Fixed(value=1))
+    read = load_space("sparse+decay+null", "lenet", folder)
+    assert read.params == dict.fromkeys(parts, Fixed(value=1))
+    assert read.settings == {"feedback_input": "normal", "feedback_optimizer": "sgd", "feedback_lr": 0.5}
 
 
 def test_a_named_subset_is_its_rule() -> None:
@@ -215,11 +227,15 @@ def test_a_named_subset_is_its_rule() -> None:
 
 
 def test_files_that_would_compose_to_two_things_are_refused(tmp_path: Path) -> None:
-    for name, factor in (("sparse", 1), ("decay", 2)):
-        update = f"feedback_lr_factor: {{value: {factor}, source: here}}"
-        text = f"rule: {name}\nsource: here\nspace:\n  {name}: {ENTRY}\n  {update}\n"
+    for name, lr in (("sparse", 1), ("decay", 2)):
+        text = f"rule: {name}\nsource: here\nspace:\n  {name}: {ENTRY}\n  feedback_lr: {{value: {lr}, source: here}}\n"
         (tmp_path / f"{name}.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"differ in feedback_lr_factor; write .*decay\+sparse\.yaml"):
+    with pytest.raises(UserError, match=r"differ in feedback_lr; write .*decay\+sparse\.yaml"):
+        load_space("sparse+decay", "any", tmp_path)
+    for name, lr in (("sparse", 1), ("decay", 2)):
+        text = f"rule: {name}\nsource: here\nsettings: {{feedback_lr: {lr}}}\nspace:\n  {name}: {ENTRY}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"differ in feedback_lr; write .*decay\+sparse\.yaml"):
         load_space("sparse+decay", "any", tmp_path)
 
 
@@ -237,7 +253,8 @@ def test_the_folder_is_found_in_a_checkout_and_in_an_installed_package(tmp_path:
     package = tmp_path / "site-packages" / "bench"
     shutil.copytree(Path(bench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "search_spaces", package / "search_spaces")
-    code = "from bench.space import load_space, space_folder; print(load_space('sparse', 'x').searched, space_folder())"
+    load = "(load_space('sparse', 'x').searched, load_space('sparse', 'x', space='reference').searched, space_folder())"
+    code = f"from bench.space_files import load_space, space_folder; print(*{load})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=package.parent,
@@ -245,7 +262,7 @@ def test_the_folder_is_found_in_a_checkout_and_in_an_installed_package(tmp_path:
         capture_output=True,
         check=True,
     )
-    assert done.stdout.decode().strip() == f"('sparse',) {package / 'search_spaces'}"
+    assert done.stdout.decode().strip() == f"('sparse',) ('sparse',) {package / 'search_spaces'}"
 
 
 # --- scalings --------------------------------------------------------------------------------------------
@@ -257,17 +274,25 @@ LIMIT = 1.36 / 0.1
 @pytest.mark.parametrize("arch", ["resnet18", "lenet", "any"])
 @pytest.mark.parametrize("rule", [row.name for row in subsets()])
 def test_every_subset_has_a_normalized_space_that_is_stable_and_the_same_for_all_networks(rule: str, arch: str) -> None:
-    space = load_space(rule, arch, scaling="normalized")
+    space = load_space(rule, arch, space="normalized")
     row = parse_rule(rule)
     assert set(space.params) == set(row.primitives)
-    assert space == load_space(rule, "resnet18", scaling="normalized")
+    assert space == load_space(rule, "resnet18", space="normalized")
     for name in set(row.primitives) & set(ACTIVITY_PRIMITIVES):
         found = space.params[name]
         assert isinstance(found, Range)
         assert 1e-2 <= found.min <= 0.1
         assert 5 < found.max < LIMIT
     if not row.sees_activity:
-        assert space == load_space(rule, arch)
+        assert space == load_space(rule, arch, space="reference")
+
+
+PAPER = GOOD.replace("settings: {feedback_lr: 0.1}\n", "")
+
+
+def in_reference(folder: Path, rule: str) -> Path:
+    (folder / "reference").mkdir(exist_ok=True)
+    return folder / "reference" / f"{rule}.yaml"
 
 
 SPARSE = f"rule: sparse\nsource: here\nspace:\n  sparse: {ENTRY}\n  feedback_every: {{value: 1, source: here}}\n"
@@ -276,15 +301,15 @@ NORMALIZED = "scaling:\n  normalized:\n    sparse: {value: 3, source: here}\n"
 
 
 def test_a_normalized_coefficient_goes_before_the_networks_own_and_leaves_it_the_rest(tmp_path: Path) -> None:
-    (tmp_path / "sparse.yaml").write_text(SPARSE + LENET + NORMALIZED)
+    in_reference(tmp_path, "sparse").write_text(SPARSE + LENET + NORMALIZED)
 
-    def values(arch: str, **scaling: Any) -> list[tuple[float, ...]]:
-        return [p.values() for p in load_space("sparse", arch, tmp_path, **scaling).params.values()]
+    def values(arch: str, space: str = "reference") -> list[tuple[float, ...]]:
+        return [p.values() for p in load_space("sparse", arch, tmp_path, space=space).params.values()]
 
-    assert values("resnet18") == values("resnet18", scaling="reference") == [(1e-5, 1e-2), (1,)]
+    assert values("resnet18") == [(1e-5, 1e-2), (1,)]
     assert values("lenet") == [(2,), (4,)]
-    assert values("resnet18", scaling="normalized") == [(3,), (1,)]
-    assert values("lenet", scaling="normalized") == [(3,), (4,)]
+    assert values("resnet18", "normalized") == [(3,), (1,)]
+    assert values("lenet", "normalized") == [(3,), (4,)]
 
 
 @pytest.mark.parametrize(
@@ -301,14 +326,12 @@ def test_a_normalized_coefficient_goes_before_the_networks_own_and_leaves_it_the
         ("scaling: {normalized: [sparse]}\n", "scaling.normalized must map parameters to"),
     ],
 )
-@pytest.mark.parametrize("scaling", ["reference", "normalized"])
-def test_a_wrong_section_is_refused_whatever_is_asked_for(
-    tmp_path: Path, text: str, words: str, scaling: Scaling
-) -> None:
-    path = tmp_path / "sparse.yaml"
+@pytest.mark.parametrize("kind", ["reference", "normalized"])
+def test_a_wrong_section_is_refused_whatever_is_asked_for(tmp_path: Path, text: str, words: str, kind: str) -> None:
+    path = in_reference(tmp_path, "sparse")
     path.write_text(SPARSE + text)
     with pytest.raises(UserError) as caught:
-        load_space("sparse", "resnet18", tmp_path, scaling=scaling)
+        load_space("sparse", "resnet18", tmp_path, space=kind)
     message = str(caught.value)
     assert words in message
     assert message.startswith(str(path))
@@ -316,18 +339,18 @@ def test_a_wrong_section_is_refused_whatever_is_asked_for(
 
 
 def test_a_scaling_without_ranges_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "sparse.yaml").write_text(SPARSE)
-    assert load_space("sparse", "resnet18", tmp_path).searched == ("sparse",)
+    in_reference(tmp_path, "sparse").write_text(SPARSE)
+    assert load_space("sparse", "resnet18", tmp_path, space="reference").searched == ("sparse",)
     with pytest.raises(UserError, match=r"no ranges for scaling 'normalized'; add a section scaling\.normalized\."):
-        load_space("sparse", "resnet18", tmp_path, scaling="normalized")
-    with pytest.raises(UserError, match=r"unknown scaling 'normal'\. Did you mean 'normalized'\?"):
-        load_space("sparse", "resnet18", tmp_path, scaling="normal")
+        load_space("sparse", "resnet18", tmp_path, space="normalized")
+    with pytest.raises(UserError, match=r"unknown space 'normal'\. Did you mean 'normalized'\?"):
+        load_space("sparse", "resnet18", tmp_path, space="normal")
 
 
 def test_a_rule_that_sees_no_activity_has_no_such_section(tmp_path: Path) -> None:
-    (tmp_path / "symmetric.yaml").write_text(GOOD + f"scaling:\n  normalized:\n    decay: {ENTRY}\n")
+    in_reference(tmp_path, "symmetric").write_text(PAPER + f"scaling:\n  normalized:\n    decay: {ENTRY}\n")
     with pytest.raises(UserError, match=r"scaling\.normalized has no effect on rule 'symmetric'; remove it"):
-        load_space("symmetric", "resnet18", tmp_path)
+        load_space("symmetric", "resnet18", tmp_path, space="reference")
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -373,7 +396,14 @@ def bad(old: str, new: str) -> str:
             "feedback_every must be a whole number, not 1.5.",
         ),
         (GOOD + "  feedback_every: {choices: [0, 1], source: x}\n", "feedback_every = 0 is out of range"),
-        (GOOD + "  lr: {value: 1, source: x}\n", "unknown parameter 'lr'"),
+        (GOOD + "  rate: {value: 1, source: x}\n", "unknown parameter 'rate'"),
+        (GOOD + "  feedback_lr: {value: 1, source: x}\n", "settings.feedback_lr has no effect, for it has ranges here"),
+        (bad("settings: {feedback_lr: 0.1}\n", ""), "feedback_optimizer 'sgd' needs feedback_lr"),
+        (bad("{feedback_lr: 0.1}", "[feedback_lr]"), "settings must map fields to values"),
+        (bad("feedback_lr: 0.1", "feedback_rl: 0.1"), "unknown field 'feedback_rl'. Did you mean 'feedback_lr'?"),
+        (bad("feedback_lr: 0.1", "lr: 0.1"), "unknown field 'lr'"),
+        (bad("feedback_lr: 0.1", "centered: true"), "settings.centered has no effect on rule 'symmetric'; remove it."),
+        (bad("feedback_lr: 0.1", "feedback_lr: -1"), "feedback_lr = -1.0 is out of range"),
         (bad("rule: symmetric", "rule: mirror"), "rule is 'mirror'; write rule: 'symmetric', in quotes."),
         (bad("rule: symmetric\n", ""), "rule is None; write rule: 'symmetric'"),
         (bad("source: here\n", ""), "source is missing"),
@@ -401,6 +431,7 @@ def test_a_wrong_file_is_refused_whole_in_one_line(tmp_path: Path, text: str, wo
     [
         ("kolen-pollack", "decay", "space.decay has no effect on rule 'kolen-pollack'; remove it."),
         ("backprop", "feedback_lr_factor", "space.feedback_lr_factor has no effect on rule 'backprop'; remove it."),
+        ("kolen-pollack", "feedback_lr", "space.feedback_lr has no effect on rule 'kolen-pollack'; remove it."),
         ("null", "null", "write rule: 'null', in quotes."),
     ],
 )

@@ -22,7 +22,7 @@ from bench.journal import claimed
 from bench.mlflow_client import Client
 from bench.mlflow_store import Store
 from bench.rows import RowFile, row
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.spool import Spool, survey
 from bench.stores import embedded, key
 from bench.tracking import Tracker
@@ -40,7 +40,7 @@ STUDY = StudyConfig(
     arch="resnet18",
     dataset="digits",
     trials=3,
-    space=load_space("mirror", "resnet18").to_dict(),
+    space=load_space("mirror", "resnet18", space="reference").to_dict(),
 )
 IDENTITY = "0123456789abcdef"
 

@@ -13,8 +13,7 @@ import pytest
 from bench.campaign import confirm_seeds
 from bench.config import TrialConfig, UserError
 from bench.place import Options
-from bench.plans import Variant
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.transfer import TransferConfig, position, prepare_transfer, spread_out, transfer
 from bench.transfer_words import SAME, matrix_rows, pair_rows
 from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
@@ -36,11 +35,18 @@ def trained(config: TrialConfig) -> float | None:
 
 def prepared(folder: Path, *, both: bool = False, configs: int = 3, rules: tuple[str, ...] = ("sparse",), **given: Any):  # type: ignore[no-untyped-def]
     config = TransferConfig(
-        name="t", rules=rules, source="resnet18", targets=("lenet",), dataset="digits", configs=configs, both=both
+        name="t",
+        rules=rules,
+        source="resnet18",
+        targets=("lenet",),
+        dataset="digits",
+        spaces=("reference",),
+        configs=configs,
+        both=both,
     )
     budget = {"trials": 6, "epochs": 2, "scheduler": "none", "sampler": "random", "confirm_seeds": 3, **given}
     options = Options(results=folder, concurrent=2)
-    return prepare_transfer(config, [Variant()], given=budget, changes={}, options=options)
+    return prepare_transfer(config, given=budget, changes={}, options=options)
 
 
 def run(folder: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -48,7 +54,7 @@ def run(folder: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
 
 
 def the_best(folder: Path, arch: str) -> float:
-    found = [r for r in rows(folder / f"sparse-{arch}-digits" / "rows.jsonl") if r["kind"] == "search"]
+    found = [r for r in rows(folder / f"sparse-{arch}-digits-reference" / "rows.jsonl") if r["kind"] == "search"]
     finished = [r for r in found if r["status"] == "finished"]
     return float(max(finished, key=lambda r: r["metrics"]["val_acc"])["config"]["coefficients"]["sparse"])
 
@@ -84,7 +90,10 @@ def test_the_same_configurations_on_both_networks(tmp_path: Path, stage: Callabl
     _, summary = run(tmp_path)
     own = rows(tmp_path / "t" / "rows.jsonl")
     carried = [r for r in own if r["config"]["seed"] == 0]
-    there = {r["config"]["coefficients"]["sparse"] for r in rows(tmp_path / "sparse-resnet18-digits" / "rows.jsonl")}
+    there = {
+        r["config"]["coefficients"]["sparse"]
+        for r in rows(tmp_path / "sparse-resnet18-digits-reference" / "rows.jsonl")
+    }
     assert len(carried) == 4  # the best, and three more
     assert {r["config"]["arch"] for r in carried} == {"lenet"}
     assert {r["config"]["coefficients"]["sparse"] for r in carried} <= there
@@ -132,7 +141,7 @@ def test_interrupted_and_resumed_gives_the_same(tmp_path: Path, stage: Callable[
     kept = ("study", "pairs", "rules", "runs", "complete")
     assert {k: summary[k] for k in kept} == {k: expected[k] for k in kept}
     assert Counter(uid for uid, _ in broken.runs if broken.runs).most_common(1)[0][1] <= 2  # only what was under way
-    for study in ("t", "sparse-lenet-digits", "sparse-resnet18-digits", "controls"):
+    for study in ("t", "sparse-lenet-digits-reference", "sparse-resnet18-digits-reference", "controls"):
         filed = [r["uid"] for r in rows(tmp_path / "broken" / study / "rows.jsonl")]
         assert sorted(filed) == sorted(r["uid"] for r in rows(tmp_path / "whole" / study / "rows.jsonl"))
 
@@ -148,9 +157,11 @@ def test_both_directions_share_their_runs(tmp_path: Path, stage: Callable[[Formu
 def test_what_a_search_has_run_already_is_not_run_again(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     """Two networks with one space and one seed draw the same first trials: these are carried over already."""
     made = stage(lambda config: 0.5 - abs(math.log10(config.coefficients.get("sparse", 1e-5)) + 5) / 100)
-    config = TransferConfig(name="t", rules=("sparse",), source="resnet18", targets=("resnet20",), dataset="digits")
+    config = TransferConfig(
+        name="t", rules=("sparse",), source="resnet18", targets=("resnet20",), dataset="digits", spaces=("reference",)
+    )
     given = {"trials": 6, "epochs": 2, "scheduler": "none", "sampler": "random", "confirm_seeds": 3}
-    plan = prepare_transfer(config, [Variant()], given=given, changes={}, options=Options(results=tmp_path))
+    plan = prepare_transfer(config, given=given, changes={}, options=Options(results=tmp_path))
     outcome, summary = transfer(plan, say=lambda _: None)
     assert outcome == "done"
     assert rows(tmp_path / "t" / "rows.jsonl") == []
@@ -165,7 +176,7 @@ def test_what_a_search_has_run_already_is_not_run_again(tmp_path: Path, stage: C
 def test_what_the_source_stopped_early_is_run_there_whole(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     stage(trained)
     _, summary = run(tmp_path, trials=9, epochs=9, scheduler="asha", configs=8)
-    status = Counter(r["status"] for r in rows(tmp_path / "sparse-resnet18-digits" / "rows.jsonl"))
+    status = Counter(r["status"] for r in rows(tmp_path / "sparse-resnet18-digits-reference" / "rows.jsonl"))
     assert status["stopped"]
     again = [r for r in rows(tmp_path / "t" / "rows.jsonl") if r["config"]["arch"] == "resnet18" and not r["test_read"]]
     assert len(again) == status["stopped"]
@@ -198,15 +209,17 @@ def test_a_larger_budget_goes_on_with_the_searches(tmp_path: Path, stage: Callab
     before = len(made.runs)
     run(tmp_path, trials=7)
     searched = [uid for uid, c in made.runs[before:] if uid.endswith("-0006") and c.seed == 0]
-    assert sorted(searched) == ["sparse-lenet-digits-0006", "sparse-resnet18-digits-0006"]
+    assert sorted(searched) == ["sparse-lenet-digits-reference-0006", "sparse-resnet18-digits-reference-0006"]
 
 
 def test_another_recipe_is_refused(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     stage(trained)
     run(tmp_path)
-    config = TransferConfig(name="t", rules=("sparse",), source="resnet18", targets=("lenet",), dataset="digits")
+    config = TransferConfig(
+        name="t", rules=("sparse",), source="resnet18", targets=("lenet",), dataset="digits", spaces=("reference",)
+    )
     with pytest.raises(UserError, match="trained with another recipe"):
-        prepare_transfer(config, [Variant()], given={}, changes={"lr": 0.5}, options=Options(results=tmp_path))
+        prepare_transfer(config, given={}, changes={"lr": 0.5}, options=Options(results=tmp_path))
 
 
 def test_a_transfer_grows_and_is_no_other(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
@@ -226,7 +239,7 @@ def test_points_are_spread_out() -> None:
 
 
 def test_positions_are_on_the_scale_of_the_space() -> None:
-    space = load_space("sparse", "resnet18")  # 1e-7 to 1e-2, logarithmic
+    space = load_space("sparse", "resnet18", space="reference")  # 1e-7 to 1e-2, logarithmic
     config = TrialConfig(rule="sparse", coefficients={"sparse": 10**-4.5}).to_dict()
     assert position(space, config) == pytest.approx((0.5,))
 

@@ -42,10 +42,10 @@ def carried(*pairs: tuple[float, float]) -> list[Carried]:
     return [Carried(home=run(0, h, at=i), away=run(0, a, at=i)) for i, (h, a) in enumerate(pairs, 1)]
 
 
-def pair(source: str = "a", target: str = "b", rule: str = "mirror", scaling: str = "reference", **more: Any) -> Pair:
+def pair(source: str = "a", target: str = "b", rule: str = "mirror", space: str = "reference", **more: Any) -> Pair:
     empty: dict[str, Sequence[Any]] = dict.fromkeys(("carried", "native", "moved", "home", "back", "reference"), ())
     given = {**empty, "chance": CHANCE, "examples": EXAMPLES, **more}
-    return Pair(rule=rule, source=source, target=target, scaling=scaling, **given)
+    return Pair(rule=rule, source=source, target=target, space=space, **given)
 
 
 def summary(*pairs: Pair) -> dict[str, Any]:
@@ -294,14 +294,14 @@ def test_rules_are_ranked_by_regret_and_neighbours_compared_on_what_both_have() 
     assert by_rule["decay"]["versus_next"] is None
 
 
-def test_lost_configurations_are_summed_over_pairs_and_scalings_are_apart() -> None:
+def test_lost_configurations_are_summed_over_pairs_and_spaces_are_apart() -> None:
     found = summary(
         pair("a", "b", carried=carried((0.9, 0.1))),
         pair("a", "c", carried=carried((0.9, 0.8))),
         pair("a", "d"),
-        pair("a", "b", scaling="normalized", carried=carried((0.9, 0.8))),
+        pair("a", "b", space="normalized", carried=carried((0.9, 0.8))),
     )
-    lost = {r["scaling"]: r["lost"] for r in found["rules"]}
+    lost = {r["space"]: r["lost"] for r in found["rules"]}
     assert lost["reference"] == {"share": 0.5, "count": 1, "of": 2, "pairs": 2}
     assert lost["normalized"] == {"share": 0.0, "count": 0, "of": 1, "pairs": 1}
 

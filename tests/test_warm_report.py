@@ -10,10 +10,10 @@ import pytest
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.files import write_yaml
 from bench.rows import RowFile, row
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.warm import saved, warm_trials
 
-SPACE = load_space("sparse", "resnet18")  # 1e-7 to 1e-2
+SPACE = load_space("sparse", "resnet18", space="reference")  # 1e-7 to 1e-2
 
 
 def study(name: str, arch: str = "resnet18", trials: int = 8, **more: Any) -> StudyConfig:
@@ -46,7 +46,7 @@ def test_the_best_first_and_only_what_lies_in_the_space(tmp_path: Path) -> None:
     ("source", "said"),
     [
         ({}, "same network and data"),
-        ({"arch": "lenet", "recipe": {"scaling": "normalized"}}, "its scaling is another"),
+        ({"arch": "lenet", "recipe": {"scaling": "normalized"}}, "its space is 'normalized', and this 'reference'"),
     ],
 )
 def test_what_cannot_be_begun_with(tmp_path: Path, source: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Bars with intervals, a group for every rule and scaling, one below the other: what a phone and a printer can show."""
+"""Bars with intervals, a group for every rule and space, one below the other: what a phone and a printer can show."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bars(
     rows: Sequence[Sequence[Any]],
     span: tuple[float, float] | None = None,
 ) -> Figure:
-    """A figure of (rule, scaling, bars): each rule in its colour, its groups told apart by their headings.
+    """A figure of (rule, space, bars): each rule in its colour, its groups told apart by their headings.
 
     ``axis``: its title. ``span``: its ends, where these are known.
     """
@@ -71,8 +71,8 @@ def bars(
 
 
 def _labels(group: Group) -> list[str]:
-    rule, scaling, found = group
-    return [f"<b>{rule}, {scaling}</b>", *(_label(*bar.label) for bar in found)]
+    rule, space, found = group
+    return [f"<b>{rule}, {space}</b>", *(_label(*bar.label) for bar in found)]
 
 
 def _label(source: str, target: str) -> str:
@@ -83,18 +83,18 @@ def _label(source: str, target: str) -> str:
 def _traces(group: Group, start: int) -> Iterator[Any]:
     import plotly.graph_objects as go
 
-    rule, scaling, found = group
+    rule, space, found = group
     style, places = look(rule), {start + i: bar for i, bar in enumerate(found)}
     drawn = {place: bar.estimate for place, bar in places.items() if bar.estimate}
     known = any(estimate["low"] is not None for estimate in drawn.values())
     yield go.Bar(
-        name=f"{rule}, {scaling}",
+        name=f"{rule}, {space}",
         orientation="h",
         y=list(drawn),
         x=[100 * estimate["mean"] for estimate in drawn.values()],
         marker={"color": style.color, "opacity": [0.4 if places[place].faded else 0.85 for place in drawn]},
         error_x=whiskers(list(drawn.values())) | {"color": BLACK, "visible": known},
-        text=[_hover(rule, scaling, places[place]) for place in drawn],
+        text=[_hover(rule, space, places[place]) for place in drawn],
         textposition="none",
         hovertemplate="%{text}<extra></extra>",
     )
@@ -107,11 +107,11 @@ def _traces(group: Group, start: int) -> Iterator[Any]:
         text=[f" {bar.mark}" for bar in marks.values()],
         textposition="middle right",
         textfont={"color": GREY},
-        customdata=[_hover(rule, scaling, bar) for bar in marks.values()],
+        customdata=[_hover(rule, space, bar) for bar in marks.values()],
         hovertemplate="%{customdata}<extra></extra>",
     )
 
 
-def _hover(rule: str, scaling: str, bar: Bar) -> str:
+def _hover(rule: str, space: str, bar: Bar) -> str:
     source, target = bar.label
-    return f"<b>{rule}, {scaling}</b><br>{source} → {target}<br>{bar.said}"
+    return f"<b>{rule}, {space}</b><br>{source} → {target}<br>{bar.said}"

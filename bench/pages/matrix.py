@@ -18,7 +18,7 @@ NO_BREAK = "\u00a0"
 def matrix_page(summary: Mapping[str, Any]) -> Page:
     """The page of what `bench matrix` found.
 
-    ``summary``: ``study``, ``dataset``, ``scaling``, ``trials``, ``epochs``, ``complete``, and ``archs``:
+    ``summary``: ``study``, ``dataset``, ``space``, ``trials``, ``epochs``, ``complete``, and ``archs``:
     `bench.matrix_summary.summarize_matrix` by network.
     """
     matrices = [Matrix(arch=a, dataset=summary["dataset"], found=found) for a, found in summary["archs"].items()]
@@ -31,7 +31,7 @@ def matrix_page(summary: Mapping[str, Any]) -> Page:
             "data set": summary["dataset"],
             "networks": ", ".join(summary["archs"]),
             "budget": f"{summary['trials']} trials × {summary['epochs']} epochs a subset",
-            "scaling of the primitives": summary["scaling"],
+            "search space": summary["space"],
             "subsets": "; ".join(f"{_measured(m)} on {m.arch}" for m in matrices),
             "state": state,
             "test set": "read once per confirmed run",

@@ -9,7 +9,7 @@ from typing import Any
 from bench.cells import NOTHING, interval
 from bench.looks import look
 from bench.pages.parts import band, rule_style, whiskers
-from bench.summary import REFERENCE, UPDATES
+from bench.summary import REFERENCE, updates_of
 
 #: What is neither a rule nor a scale: seen on white and on black.
 NEUTRAL = "#888888"
@@ -116,8 +116,7 @@ def seeds(values: Sequence[Mapping[str, Any] | None]) -> str:
 def hover(line: Line) -> str:
     against = line[f"test_acc_versus_{REFERENCE}"]
     settings = [f"{name} {value:.2e}" for name, value in line["coefficients"].items()]
-    updates = {name: line["config"].get(name, usual) for name, usual in UPDATES.items()}
-    settings += [f"{name} {value:.2g}" for name, value in updates.items() if value != UPDATES[name]]
+    settings += [f"{name} {value:.2g}" for name, value in updates_of(line["config"]).items()]
     trials = ", ".join(f"{number} {status}" for status, number in line["trials"].items() if number)
     lost = ", ".join(f"{line[status]} {status}" for status in ("diverged", "failed") if line[status])
     lines = [

@@ -1,4 +1,4 @@
-"""The heat maps of a transfer: for every rule and scaling, what a move from each network to each other costs."""
+"""The heat maps of a transfer: for every rule and space, what a move from each network to each other costs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PLAIN = "#cccccc"
 
 
 def portability_section(summary: Mapping[str, Any]) -> Section:
-    """A heat map and its table for every rule and scaling, all on one scale of colours."""
+    """A heat map and its table for every rule and space, all on one scale of colours."""
     found = [pair["regret"]["test_acc"] for pair in summary["pairs"]]
     span = max((abs(100 * regret["mean"]) for regret in found if regret), default=0.0) or 1.0
     parts: list[Part] = []
-    for rule, scaling in matrices(summary):
-        parts.append(_heat_map(summary, rule, scaling, span))
+    for rule, space in matrices(summary):
+        parts.append(_heat_map(summary, rule, space, span))
         parts.append(
             Table(
-                title=f"{rule}, {scaling}, in numbers",
-                columns=matrix_columns(summary, rule, scaling),
-                rows=matrix_rows(summary, rule, scaling),
+                title=f"{rule}, {space}, in numbers",
+                columns=matrix_columns(summary, rule, space),
+                rows=matrix_rows(summary, rule, space),
                 notes=MATRIX_CAPTION,
                 texts=1,
             )
@@ -35,9 +35,9 @@ def portability_section(summary: Mapping[str, Any]) -> Section:
     return Section(title="Portability", lines=["All heat maps have the same range of colours."], parts=parts)
 
 
-def _heat_map(summary: Mapping[str, Any], rule: str, scaling: str, span: float) -> Figure:
+def _heat_map(summary: Mapping[str, Any], rule: str, space: str, span: float) -> Figure:
     """Regrets in colours from −span to span, and what has no regret in grey."""
-    found, pairs = portability(summary, rule, scaling), pairs_of(summary, rule, scaling)
+    found, pairs = portability(summary, rule, space), pairs_of(summary, rule, space)
     archs = found["archs"]
     estimates = [*found["native"].values(), *(pair["regret"]["test_acc"] for pair in pairs)]
     bar = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "thickness": 10}
@@ -45,7 +45,7 @@ def _heat_map(summary: Mapping[str, Any], rule: str, scaling: str, span: float) 
     plain = {"colorscale": [[0, _PLAIN], [1, _PLAIN]], "zmin": -1, "zmax": 1, "showscale": False}
     shaded = {"colorscale": DIVERGING, "zmin": -span, "zmid": 0, "zmax": span, "colorbar": bar}
     return Figure(
-        title=f"Portability of {rule}, {scaling}",
+        title=f"Portability of {rule}, {space}",
         note=f"{note(summary)}; {seeds(estimates)}; {TEST}; {losses(pairs)}. Diagonal: test accuracy of the network's "
         "own best; elsewhere: regret, points; empty: not part of this transfer.",
         plot=plot(

@@ -13,7 +13,7 @@ from bench.pages.confirmed import Configuration, alignment_parts, configurations
 from bench.pages.parts import Page, Section
 from bench.pages.trials import Search, learning_curves, optimisation_history, trials_of
 from bench.rows import Row
-from bench.summary import REFERENCE, budget_words, scaling_words, table_rows
+from bench.summary import REFERENCE, budget_words, space_words, table_rows
 
 
 def search_page(
@@ -105,8 +105,8 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Row], test: str) -> dict[s
             else {}
         ),
         **(
-            {"scaling": scaling}
-            if (scaling := ", ".join(sorted({scaling_words(row["config"]) for row in rows} - {""})))
+            {"search space": space}
+            if (space := ", ".join(sorted({space_words(row["config"]) for row in rows} - {""})))
             else {}
         ),
         "budget": budget_words(summary),

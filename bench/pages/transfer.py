@@ -42,7 +42,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "Data set": summary["dataset"],
         "Networks": ", ".join(summary["archs"]) or NOTHING,
         "Rules": ", ".join(dict.fromkeys(rule for rule, _ in matrices(summary))) or NOTHING,
-        "Scalings": ", ".join(dict.fromkeys(scaling for _, scaling in matrices(summary))) or NOTHING,
+        "Search spaces": ", ".join(dict.fromkeys(space for _, space in matrices(summary))) or NOTHING,
         "Budget of a search": f"{summary['trials']} trials × {summary['epochs']} epochs",
         "Carried over": f"the best and {summary['configs']} more configurations",
         **({"Searches that are not there": ", ".join(summary["missing"])} if summary.get("missing") else {}),
@@ -69,8 +69,8 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _sentence(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    name, regret = f"{found['rule']}, {found['scaling']}", found["regret"]["test_acc"]
-    mine = pairs_of(summary, found["rule"], found["scaling"])
+    name, regret = f"{found['rule']}, {found['space']}", found["regret"]["test_acc"]
+    mine = pairs_of(summary, found["rule"], found["space"])
     if regret is None:
         return f"{name}: no regret: {'; '.join(dict.fromkeys(pair['reason'] for pair in mine if pair['reason']))}."
     same = sum(pair["same"] for pair in mine)
@@ -106,15 +106,15 @@ def _costs(summary: Mapping[str, Any]) -> Section:
 
 
 def _ranked(summary: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
-    """Rule, scaling and pairs, in the order of the ranking."""
-    return [(f["rule"], f["scaling"], pairs_of(summary, f["rule"], f["scaling"])) for f in summary["rules"]]
+    """Rule, space and pairs, in the order of the ranking."""
+    return [(f["rule"], f["space"], pairs_of(summary, f["rule"], f["space"])) for f in summary["rules"]]
 
 
 def _regrets(summary: Mapping[str, Any]) -> Figure:
-    """Test regret of every pair, by rule and scaling."""
-    groups = [(rule, scaling, [_regret_bar(pair) for pair in pairs]) for rule, scaling, pairs in _ranked(summary)]
+    """Test regret of every pair, by rule and space."""
+    groups = [(rule, space, [_regret_bar(pair) for pair in pairs]) for rule, space, pairs in _ranked(summary)]
     estimates = [pair["regret"]["test_acc"] for pair in summary["pairs"]]
-    columns = ("rule", "scaling", "from", "to", *ENDS, "verdict", "same", "reason")
+    columns = ("rule", "space", "from", "to", *ENDS, "verdict", "same", "reason")
     return bars(
         groups,
         title="Regret of every pair",
@@ -146,7 +146,7 @@ def _lost_shares(summary: Mapping[str, Any]) -> Part:
     title = "Lost share of every pair"
     if not any(pair["lost"]["of"] for pair in summary["pairs"]):
         return Absent(title=title, reason="no pair has a configuration above chance at home that was run away yet.")
-    groups = [(rule, scaling, [_lost_bar(pair) for pair in pairs]) for rule, scaling, pairs in _ranked(summary)]
+    groups = [(rule, space, [_lost_bar(pair) for pair in pairs]) for rule, space, pairs in _ranked(summary)]
     gaps = {
         name: sum(pair["lost"][name] for pair in summary["pairs"]) for name in ("failed", "missing", "nothing_to_lose")
     }
@@ -158,7 +158,7 @@ def _lost_shares(summary: Mapping[str, Any]) -> Part:
         note=f"{note(summary)}; {VALIDATION}. Of the source's best quarter of configurations, how many diverge or fall "
         f"to chance on the target, with the exact 95 % interval. Not counted: {gaps['failed']} failed, "
         f"{gaps['missing']} missing, {gaps['nothing_to_lose']} at chance at home.",
-        columns=("rule", "scaling", "from", "to", *names),
+        columns=("rule", "space", "from", "to", *names),
         rows=[(*key(pair), *(pair["lost"][name] for name in names)) for pair in summary["pairs"]],
         span=(0.0, 101.0),
     )
@@ -177,19 +177,19 @@ def _lost_bar(pair: Mapping[str, Any]) -> Bar:
 
 
 def _order(summary: Mapping[str, Any]) -> Section:
-    """For every pair of networks and scaling: what the same configurations reach on both."""
+    """For every pair of networks and space: what the same configurations reach on both."""
     values = [100 * v for pair in summary["pairs"] for point in pair["rank"].get("points", ()) for v in point]
     span = (min(values, default=0.0) - 3, max(values, default=100.0) + 3)
-    routes = dict.fromkeys((pair["scaling"], pair["source"], pair["target"]) for pair in summary["pairs"])
+    routes = dict.fromkeys((pair["space"], pair["source"], pair["target"]) for pair in summary["pairs"])
     lines = ["Where the points rise together, a search on one network serves the other. The line: as good on both."]
     return Section(
         title="The same configurations on both", lines=lines, parts=[_scatter(summary, *r, span) for r in routes]
     )
 
 
-def _scatter(summary: Mapping[str, Any], scaling: str, source: str, target: str, span: tuple[float, float]) -> Part:
-    title = f"{source} → {target}, {scaling}"
-    pairs = [p for p in summary["pairs"] if (p["scaling"], p["source"], p["target"]) == (scaling, source, target)]
+def _scatter(summary: Mapping[str, Any], space: str, source: str, target: str, span: tuple[float, float]) -> Part:
+    title = f"{source} → {target}, {space}"
+    pairs = [p for p in summary["pairs"] if (p["space"], p["source"], p["target"]) == (space, source, target)]
     drawn = [pair for pair in pairs if pair["rank"].get("points")]
     if not drawn:
         older = any("points" not in pair["rank"] for pair in pairs)
@@ -212,7 +212,7 @@ def _scatter(summary: Mapping[str, Any], scaling: str, source: str, target: str,
             showlegend=True,
         ),
         unit=SHARES,
-        columns=("rule", "scaling", "from", "to", "home_val_acc", "away_val_acc"),
+        columns=("rule", "space", "from", "to", "home_val_acc", "away_val_acc"),
         rows=[(*key(pair), home, away) for pair in drawn for home, away in pair["rank"]["points"]],
         height=420 + 20 * len(drawn),
     )

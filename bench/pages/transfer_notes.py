@@ -16,12 +16,12 @@ VALIDATION = "validation only, search seed; test was not read"
 ENDS = ("mean", "sd", "n", "low", "high")
 
 
-def pairs_of(summary: Mapping[str, Any], rule: str, scaling: str) -> list[Mapping[str, Any]]:
-    return [pair for pair in summary["pairs"] if (pair["rule"], pair["scaling"]) == (rule, scaling)]
+def pairs_of(summary: Mapping[str, Any], rule: str, space: str) -> list[Mapping[str, Any]]:
+    return [pair for pair in summary["pairs"] if (pair["rule"], pair["space"]) == (rule, space)]
 
 
 def key(pair: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return pair["rule"], pair["scaling"], pair["source"], pair["target"]
+    return pair["rule"], pair["space"], pair["source"], pair["target"]
 
 
 def ends(value: Mapping[str, Any] | None) -> list[Any]:
@@ -45,7 +45,7 @@ def seeds(estimates: Iterable[Mapping[str, Any] | None]) -> str:
 
 def losses(pairs: Sequence[Mapping[str, Any]]) -> str:
     """How many confirmed runs did not go well; those of a target's own best count once, whatever is moved there."""
-    own = {(pair["rule"], pair["scaling"], pair["target"]): pair["native"] for pair in pairs}
+    own = {(pair["rule"], pair["space"], pair["target"]): pair["native"] for pair in pairs}
     sides = {"moved": [pair["moved"] for pair in pairs], "native": list(own.values())}
     counts = {name: [sum(side[name] for side in runs) for runs in sides.values()] for name in ("diverged", "failed")}
     diverged, failed = (f"{moved} moved and {native} native runs" for moved, native in counts.values())

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bench.config import PRIMITIVE_NAMES
 from bench.looks import GREY, look
 from bench.pages.parts import Absent, Figure, Part, plot, rule_style
 from bench.rows import Row
-from bench.summary import UPDATES
+from bench.space import PARAMETERS, UPDATE_FIELDS
+from bench.summary import updates_of
 
 #: What a search maximises, in words; both in % of accuracy.
 METRICS = {"val_acc": "validation accuracy", "val_area": "area under validation accuracy against noise"}
@@ -72,7 +72,7 @@ class Search:
     def params(self) -> tuple[str, ...]:
         """The parameters that were searched: those with more than one value, or that only some trials have."""
         names = dict.fromkeys(name for trial in self.trials for name in trial.params)
-        order = [name for name in (*PRIMITIVE_NAMES, *UPDATES) if name in names]
+        order = [name for name in PARAMETERS if name in names]
         whole = len(self.trials)
         return tuple(name for name in order if len(set(known := self.values_of(name))) > 1 or len(known) < whole)
 
@@ -115,7 +115,7 @@ def _number(uid: str, place: int) -> int:
 
 def _trial(number: int, row: Row) -> Trial:
     config = row["config"]
-    params = {**config["coefficients"], **{name: config[name] for name in UPDATES if name in config}}
+    params = {**config["coefficients"], **{n: config[n] for n in UPDATE_FIELDS if config.get(n) is not None}}
     return Trial(number=number, row=row, params=params, text=f"trial {number}, {described(row)}")
 
 
@@ -123,7 +123,7 @@ def described(row: Row) -> str:
     """One run, for the text that shows when one points at it."""
     config = row["config"]
     said = [f"{name} {value:.3g}" for name, value in config["coefficients"].items()]
-    said += [f"{name} {config[name]:g}" for name in UPDATES if config.get(name, UPDATES[name]) != UPDATES[name]]
+    said += [f"{name} {value:.3g}" for name, value in updates_of(config).items()]
     reason = f" ({textwrap.shorten(row['reason'], 70, placeholder='…')})" if row["reason"] else ""
     return f"{row['status']}{html.escape(reason)}<br>{row['uid']}<br>{config['rule']}: {', '.join(said) or '–'}"
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bench.config import Scaling, StudyConfig, UserError, check_range, unknown
+from bench.config import StudyConfig, UserError, check_range, unknown
 from bench.files import parse_scalar
 from bench.objects import is_uri
 
@@ -156,22 +156,11 @@ def budget_of(given: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
-def add_scaling(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """How amp, sparse and null see a layer's activity."""
-    known = ", ".join(get_args(Scaling))
-    text = f"of what amp, sparse and null see: {known}"
-    if several:
-        text += "; also as NAME-centered; several with commas between; all: each of them, centered and not"
-    parser.add_argument("--scaling", default="reference", metavar="S[,S...]" if several else "S", help=text)
-    parser.add_argument("--centered", action="store_true", help="they see it without its mean, channel by channel")
-
-
-def scaling_of(given: argparse.Namespace) -> Scaling:
-    """The one scaling that was named."""
-    if given.scaling not in get_args(Scaling):
-        raise unknown("scaling", given.scaling, get_args(Scaling))
-    scaling: Scaling = given.scaling
-    return scaling
+def add_space(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The kind of search space: what B sees, what moves it, and the ranges."""
+    text = "of the coefficients: see `bench list spaces`"
+    text += "; several with commas between, or all" if several else ""
+    parser.add_argument("--space", default="default", metavar="S[,S...]" if several else "S", help=text)
 
 
 def names(option: str, text: str, known: Collection[str] | None = None) -> list[str]:

@@ -13,7 +13,7 @@ from bench.verbs.common import (
     add_json,
     add_machines,
     add_results,
-    add_scaling,
+    add_space,
     add_where,
     budget_of,
     carry_out,
@@ -21,7 +21,6 @@ from bench.verbs.common import (
     names,
     options_of,
     parse_settings,
-    scaling_of,
     verb,
 )
 
@@ -35,7 +34,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--only", metavar="R[,R...]", help="run these rules alone now; the table is of all that is known")
     p.add_argument("--dry-run", action="store_true", help="say what would run, and how long; write nothing")
     p.add_argument("--name", metavar="NAME", help="of the matrix (else matrix-ARCH-DATASET)")
-    add_scaling(p)
+    add_space(p)
     add_budget(p)
     add_where(p)
     add_machines(p)
@@ -48,9 +47,9 @@ def _matrix(given: argparse.Namespace) -> int:
     from bench.learning.rules import ANY, parse_rule, subsets
     from bench.matrix import BESIDE, MatrixConfig, matrix, outlook, prepare_matrix
     from bench.models import check_arch
-    from bench.plans import Variant
     from bench.present_plans import print_matrix, print_outlook
     from bench.recipes import check_recipe
+    from bench.spaces import space_row
 
     archs = names("arch", given.arch)
     for arch in archs:
@@ -66,20 +65,17 @@ def _matrix(given: argparse.Namespace) -> int:
             raise UserError("--only any: that search is part of the matrix with --any; add it.")
         if name not in (*rules, *BESIDE, ANY):
             raise UserError(f"--only {name}: not in this matrix; it has subsets of {', '.join(primitives)}.")
-    variant = Variant(scaling=scaling_of(given), centered=given.centered)
-    name = study_name("matrix", "-".join(archs), given.dataset, scaling=variant.scaling, centered=variant.centered)
+    name = study_name("matrix", "-".join(archs), given.dataset, space=space_row(given.space).name)
     config = MatrixConfig(
         name=check_name(given.name or name),
         archs=tuple(archs),
         dataset=given.dataset,
         primitives=tuple(primitives),
-        scaling=variant.label,
+        space=given.space,
         any=given.any,
     )
     changes = check_recipe(parse_settings(given.set))
-    prepared = prepare_matrix(
-        config, variant, only=only, given=budget_of(given), changes=changes, options=options_of(given)
-    )
+    prepared = prepare_matrix(config, only=only, given=budget_of(given), changes=changes, options=options_of(given))
     if given.dry_run:
         lines = outlook(prepared)
         if given.json:

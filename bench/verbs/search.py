@@ -6,27 +6,25 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from bench.config import ACTIVITY_SETTINGS, Objective, StudyConfig, TrialConfig, UserError, study_name, unknown
+from bench.config import Objective, StudyConfig, TrialConfig, UserError, study_name, unknown
 from bench.verbs.common import (
     Say,
     Watch,
     add_json,
     add_machines,
     add_results,
-    add_scaling,
+    add_space,
     add_where,
     carry_out,
     check_name,
     options_of,
     parse_settings,
-    scaling_of,
     sigmas,
     verb,
 )
 
 if TYPE_CHECKING:
     from bench.campaign import Ready
-    from bench.plans import Variant
 
 OBJECTIVE_NAMES = get_args(Objective)
 
@@ -50,7 +48,8 @@ def add(verbs: Any) -> None:
     p.add_argument("--seed", type=int, default=default["seed"], metavar="S", help="of the search and its trials")
     p.add_argument("--warm-from", metavar="STUDY", help="try the best configurations of that search first")
     p.add_argument("--name", metavar="STUDY", help="of the study (else RULE-ARCH-DATASET)")
-    add_scaling(p)
+    add_space(p)
+    p.add_argument("--tune-lr", action="store_true", help="search W's learning rate, too (else as in the recipe)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training recipe")
     add_where(p)
     add_machines(p)
@@ -61,27 +60,27 @@ def add(verbs: Any) -> None:
 def _search(given: argparse.Namespace) -> int:
     from bench.learning.rules import ANY, parse_rule
     from bench.models import check_arch
-    from bench.plans import Variant
     from bench.recipes import check_recipe, recipe_of
     from bench.search import check
-    from bench.space import load_space
+    from bench.space_files import load_space
+    from bench.spaces import canonical_space, idle_settings, recipe_in
     from bench.warm import warm_trials
 
     rule = ANY if given.rule == ANY else parse_rule(given.rule).name
     changes = check_recipe(parse_settings(given.set))
     check_arch(given.arch)
-    variant = Variant(scaling=scaling_of(given), centered=given.centered)
-    without = {**variant.recipe(), **{k: v for k, v in changes.items() if k in ACTIVITY_SETTINGS}}
-    if rule != ANY and without and not parse_rule(rule).sees_activity:
-        raise UserError(
-            f"{', '.join(without)} (--scaling, --centered, --set) have no effect on rule {rule!r}, which sees no "
-            "activity: remove them."
-        )
-    recipe = {**recipe_of(given.dataset, given.arch), **changes, **variant.recipe()}
+    if without := [key for key in changes if key in idle_settings(rule)]:
+        raise UserError(f"--set {', '.join(without)}: without effect on rule {rule!r}: remove it.")
+    if (same := canonical_space(rule, given.space)) != given.space:
+        raise UserError(f"--space {given.space}: for rule {rule!r} it is the same as {same}; use --space {same}.")
+    space = load_space(rule, given.arch, space=given.space)
+    space.check_changes(changes, given.space)
+    recipe = recipe_in(space, rule, recipe_of(given.dataset, given.arch), changes)
     recipe |= _noise(given, recipe)
     both = given.objective == "both"
-    space = load_space(rule, given.arch, scaling=variant.scaling)
-    name = study_name(rule, given.arch, given.dataset, scaling=variant.scaling, centered=variant.centered)
+    if given.tune_lr:
+        space = space.with_lr(recipe.get("lr", TrialConfig.lr))
+    name = study_name(rule, given.arch, given.dataset, space=given.space) + ("-lr" if given.tune_lr else "")
     name += "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
     config = StudyConfig(
         name=check_name(given.name or (f"{name}-warm" if given.warm_from else name)),
@@ -105,10 +104,10 @@ def _search(given: argparse.Namespace) -> int:
         warm = warm_trials(given.results, given.warm_from, config, space)
         config = config.replace(warm_from=given.warm_from, warm=warm)
     ready = check(config, space, options_of(given))
-    return _run_search(given, ready, variant, cold=name)
+    return _run_search(given, ready, cold=name)
 
 
-def _run_search(given: argparse.Namespace, ready: Ready, variant: Variant, *, cold: str) -> int:
+def _run_search(given: argparse.Namespace, ready: Ready, *, cold: str) -> int:
     """``cold``: the name of the search that a warm one is compared with."""
     from bench.learning.rules import ANY
     from bench.matrix import beside
@@ -122,7 +121,7 @@ def _run_search(given: argparse.Namespace, ready: Ready, variant: Variant, *, co
         summary["matrix"] = None
         if ready.config.rule == ANY:
             try:
-                summary["matrix"] = beside(ready, variant)
+                summary["matrix"] = beside(ready, given.space)
             except UserError as error:  # of the matrix: the search itself is done
                 say(f"bench: {error}")
         return outcome, summary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.config import UserError, study_name
 from bench.verbs.common import (
@@ -11,7 +11,7 @@ from bench.verbs.common import (
     add_json,
     add_machines,
     add_results,
-    add_scaling,
+    add_space,
     add_where,
     budget_of,
     carry_out,
@@ -21,9 +21,6 @@ from bench.verbs.common import (
     parse_settings,
     verb,
 )
-
-if TYPE_CHECKING:
-    from bench.plans import Variant
 
 
 def add(verbs: Any) -> None:
@@ -35,7 +32,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--configs", type=int, default=4, metavar="K", help="carried over beside the best, spread out")
     p.add_argument("--both", action="store_true", help="the other direction, too")
     p.add_argument("--name", metavar="NAME", help="of the transfer (else transfer-FROM-to-TO-DATASET)")
-    add_scaling(p, several=True)
+    add_space(p, several=True)
     add_budget(p)
     add_where(p)
     add_machines(p)
@@ -48,6 +45,7 @@ def _transfer(given: argparse.Namespace) -> int:
     from bench.models import check_arch
     from bench.present_plans import print_transfer
     from bench.recipes import check_recipe
+    from bench.spaces import SPACES
     from bench.transfer import TransferConfig, prepare_transfer, transfer
 
     rules = [parse_rule(name) for name in names("rule", given.rule)]
@@ -62,7 +60,6 @@ def _transfer(given: argparse.Namespace) -> int:
         check_arch(arch)
     if given.source in targets:
         raise UserError(f"--to {given.source}: that is where the configurations come from; name another network.")
-    variants = _variants(given)
     name = study_name(f"transfer-{given.source}-to", "-".join(targets), given.dataset)
     config = TransferConfig(
         name=check_name(given.name or name),
@@ -70,12 +67,12 @@ def _transfer(given: argparse.Namespace) -> int:
         source=given.source,
         targets=tuple(targets),
         dataset=given.dataset,
-        scalings=tuple(variant.label for variant in variants),
+        spaces=tuple(SPACES if given.space == "all" else names("space", given.space, SPACES)),
         configs=given.configs,
         both=given.both,
     )
     changes = check_recipe(parse_settings(given.set))
-    prepared = prepare_transfer(config, variants, given=budget_of(given), changes=changes, options=options_of(given))
+    prepared = prepare_transfer(config, given=budget_of(given), changes=changes, options=options_of(given))
     return carry_out(
         given,
         config.name,
@@ -83,16 +80,3 @@ def _transfer(given: argparse.Namespace) -> int:
         lambda say, watch: transfer(prepared, say=say, watch=watch),
         print_transfer,
     )
-
-
-def _variants(given: argparse.Namespace) -> list[Variant]:
-    """What was named, each once."""
-    from bench.plans import Variant
-
-    every = Variant.every()
-    if given.scaling == "all":
-        if given.centered:
-            raise UserError("--scaling all is each of them, centered and not: leave --centered out.")
-        return list(every.values())
-    named = [every[label] for label in names("scaling", given.scaling, every)]
-    return list(dict.fromkeys(Variant(scaling=v.scaling, centered=v.centered or given.centered) for v in named))
