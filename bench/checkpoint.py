@@ -219,11 +219,11 @@ def load_weights(path: File, model: nn.Module, weights: Mapping[str, Any]) -> No
 
 
 def load_optimizer(path: File, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint's momenta into an optimizer; UserError if they, or its settings, are another's."""
+    """Put a checkpoint's state into an optimizer (`bench.optimizers`); UserError if it, or the settings, are another's."""
     error = UserError(f"{path} does not fit its own configuration's optimizer; it is damaged: remove it.")
-    before, params = _settings(optimizer), [p for group in optimizer.param_groups for p in group["params"]]
+    before, params = _settings(optimizer), [(p, group) for group in optimizer.param_groups for p in group["params"]]
     try:
-        fits = all(_fit(params[index], kept["momentum_buffer"]) for index, kept in state["state"].items())
+        fits = all(_fits_state(*params[index], kept) for index, kept in state["state"].items())
         if fits:  # torch would turn numbers of another type into these, too
             optimizer.load_state_dict(dict(state))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as cause:
@@ -238,5 +238,13 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, tuple[type, An
     return [{k: (type(v), v) for k, v in group.items() if k not in ("params", "lr")} for group in groups]
 
 
-def _fit(p: torch.Tensor, momentum: torch.Tensor | None) -> bool:
-    return momentum is None or (momentum.shape, momentum.dtype, momentum.layout) == (p.shape, p.dtype, p.layout)
+def _fits_state(p: torch.Tensor, group: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
+    """Whether it is what such a group keeps of this parameter: a momentum, or Adam's two and its number of steps."""
+    if "betas" not in group:
+        return kept["momentum_buffer"] is None or _fit(p, kept["momentum_buffer"])
+    moments = ("exp_avg", "exp_avg_sq")
+    return all(_fit(p, kept[name]) for name in moments) and _fit(torch.zeros(()), kept["step"])
+
+
+def _fit(p: torch.Tensor, kept: torch.Tensor) -> bool:
+    return (kept.shape, kept.dtype, kept.layout) == (p.shape, p.dtype, p.layout)

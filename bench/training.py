@@ -26,6 +26,7 @@ from bench.learning.scaling import check_scaling
 from bench.learning.switch import examples_seen
 from bench.models import build, required_image_size, resolve_stem
 from bench.noise import ADDED_UP, UpdateNoise
+from bench.optimizers import make_optimizer
 from bench.stages import stage, waiting
 
 #: A mean training loss beyond this many times the loss of guessing is of no more use.
@@ -49,7 +50,7 @@ class Trial:
     data: ImageData
     device: torch.device
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     learner: FeedbackLearner
     conversion: Conversion
     bf16: bool
@@ -114,10 +115,7 @@ def prepare(
     )
     for settings in groups:
         settings["full_lr"] = settings["lr"]
-    # fused: one pass over the weights instead of four, which at small batches is a sixth of a step on a CPU
-    optimizer = torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
-    )
+    optimizer = make_optimizer(config, groups, where)
     learner = FeedbackLearner(model, optimizer, group, fraction=config.feedback_fraction)
     noise = (
         UpdateNoise(optimizer, sigma=config.update_noise, on=config.update_noise_on) if config.update_noise else None
@@ -230,13 +228,13 @@ def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
     """Levels σ of update noise that span "no effect" to "nothing left" for this recipe, of ``steps`` an epoch.
 
     What σ does depends on the recipe: over a training the noise adds up, in a weight that nothing else moves, to
-    N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which goes
-    through the momentum μ). The levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
+    N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which in SGD
+    goes through the momentum μ; in AdamW and Muon it does not, and μ is 0 here). The levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
     """
-    v = 0.0
+    v, gain = 0.0, 1 / (1 - config.momentum) if config.optimizer == "sgd" else 1.0
     for step in range(config.epochs * steps):
         lr = config.lr * lr_factor(config, (step + 0.5) / steps)
-        v = v * max(0.0, 1 - lr * config.weight_decay / (1 - config.momentum)) ** 2 + lr**2
+        v = v * max(0.0, 1 - lr * config.weight_decay * gain) ** 2 + lr**2
     return tuple(float(f"{size / math.sqrt(v):.2g}") for size in ADDED_UP)
 
 

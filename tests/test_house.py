@@ -55,6 +55,7 @@ FLOORS = {
     "statistics": 1,
     "terminal": 1,
     "recipes": 1,
+    "optimizers": 1,
     "checkpoint": 2,
     "noise": 1,
     "batch_norm": 1,
@@ -137,7 +138,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         *("learning", "models", "datasets", "noise", "evaluators", "checkpoint", "training", "trial", "probe"),
         *("provenance", "doctor", "place", "pace", "group", "batch_norm", "distributed"),
-        *("arithmetic", "stages", "steps", "speed"),
+        *("arithmetic", "stages", "steps", "speed", "optimizers"),
     ),
     "numpy": ("datasets", "evaluators"),
     "art": ("evaluators",),
