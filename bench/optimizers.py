@@ -1,6 +1,6 @@
 """What moves the weights: SGD, AdamW or Muon, over the groups of `bench.learning.learner.parameter_groups`.
 
-Torch's own kernels do the arithmetic. With ``feedback_optimizer = "shared"`` the feedback weights are one of the groups.
+Torch's own kernels do the arithmetic. With ``feedback_optimizer = "shared"`` the feedback weights are a group of it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([g if any(g is s for s in small) else {**settings, **g} for g in groups], {})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002  (torch's signature)
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             if "betas" not in group:
@@ -99,11 +99,11 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
-            buffer = self.state[p].get("momentum_buffer")
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p) if buffer is None else _laid_out_as(p, buffer)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self._muon(
             [_matrix(p) for p in params],
-            [_matrix(_laid_out_as(p, p.grad)) for p in params],
+            [_matrix(laid_out_as(p, p.grad)) for p in params],
             [_matrix(self.state[p]["momentum_buffer"]) for p in params],
             **{name: group[name] for name in ("lr", "weight_decay", "momentum", "nesterov")},
             **{name: group[name] for name in ("ns_steps", "ns_coefficients", "eps", "adjust_lr_fn")},
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def _laid_out_as(p: Tensor, tensor: Tensor) -> Tensor:
+def laid_out_as(p: Tensor, tensor: Tensor) -> Tensor:
     """``tensor`` in the memory format of ``p``: itself, or a copy."""
     return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
 

@@ -13,8 +13,7 @@ from bench.choices import SAMPLERS
 from bench.config import Scaling, StudyConfig, UserError, study_name
 from bench.files import read_yaml
 from bench.learning.rules import ANY, parse_rule
-from bench.place import Options, Place
-from bench.recipes import recipe_of
+from bench.place import Options, Place, recipe_for
 from bench.search import check
 from bench.space import Space, load_space
 
@@ -78,20 +77,28 @@ def find_study(results: Path, name: str) -> StudyConfig | None:
 
 
 def plan(
-    wanted: Sequence[Wanted], *, given: Mapping[str, Any], changes: Mapping[str, Any], options: Options
+    wanted: Sequence[Wanted],
+    *,
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    options: Options,
+    begun: Mapping[str, Any] | None = None,
 ) -> dict[Wanted, Ready]:
     """Everything that these searches need, tried out; each stands once, in the order given.
 
     ``given``: of `BUDGET`, what the user said; else what the searches found have, else the defaults of StudyConfig.
-    ``changes``: to the training recipe. UserError where a search was begun with another budget or recipe: what is
+    ``changes``: to the training recipe. ``begun``: the recipe of other searches of the plan, if none of these is found
+    (`bench.place.recipe_for`). UserError where a search was begun with another budget or recipe: what is
     compared must have had the same.
     """
     known = {w: found for w in dict.fromkeys(wanted) if (found := find_study(options.results, w.name))}
     budget = {name: _settle(name, given, known.values()) for name in BUDGET}
+    begun = next((config.recipe for config in known.values()), begun)
     places: dict[str, Place] = {}
     ready = {}
     for w in dict.fromkeys(wanted):
-        config = _config(w, budget, changes)
+        all_changes = {**changes, **w.variant.recipe()}
+        config = _config(w, budget, recipe_for(w.dataset, w.arch, all_changes, options, begun=begun))
         if w in known:
             config = _same(known[w], config, options)
         space = Space.from_dict(config.space)
@@ -126,8 +133,7 @@ def _is_searched(config: StudyConfig) -> bool:
     return bool(Space.from_dict(config.space).searched)
 
 
-def _config(wanted: Wanted, budget: Mapping[str, Any], changes: Mapping[str, Any]) -> StudyConfig:
-    recipe = {**recipe_of(wanted.dataset, wanted.arch), **changes, **wanted.variant.recipe()}
+def _config(wanted: Wanted, budget: Mapping[str, Any], recipe: Mapping[str, Any]) -> StudyConfig:
     sampler = budget["sampler"]
     if wanted.rule == ANY and sampler in SAMPLERS and not SAMPLERS[sampler].conditional:
         sampler = "tpe"

@@ -168,6 +168,11 @@ def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
     as is a B that learns in other steps than W.
     """
     coefficients = dict(config.coefficients)
+    if rule.task_gradient and config.optimizer != "sgd":
+        raise UserError(
+            f"rule {rule.name!r} needs optimizer 'sgd', not {config.optimizer!r}: W and B draw together only if equal "
+            "gradients make equal steps; set optimizer=sgd."
+        )
     check_scaling(rule, config.scaling, config.centered)
     if config.feedback_fraction != 1.0 and not rule.sees_activity:
         raise UserError(
@@ -228,8 +233,9 @@ def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
     """Levels σ of update noise that span "no effect" to "nothing left" for this recipe, of ``steps`` an epoch.
 
     What σ does depends on the recipe: over a training the noise adds up, in a weight that nothing else moves, to
-    N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which in SGD
-    goes through the momentum μ; in AdamW and Muon it does not, and μ is 0 here). The levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
+    N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which goes
+    through SGD's momentum μ, and not through AdamW's or Muon's: there without 1 − μ). The levels are those at which
+    σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
     """
     v, gain = 0.0, 1 / (1 - config.momentum) if config.optimizer == "sgd" else 1.0
     for step in range(config.epochs * steps):

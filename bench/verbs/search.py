@@ -61,8 +61,9 @@ def add(verbs: Any) -> None:
 def _search(given: argparse.Namespace) -> int:
     from bench.learning.rules import ANY, parse_rule
     from bench.models import check_arch
-    from bench.plans import Variant
-    from bench.recipes import check_recipe, recipe_of
+    from bench.place import recipe_for
+    from bench.plans import Variant, find_study
+    from bench.recipes import check_recipe
     from bench.search import check
     from bench.space import load_space
     from bench.warm import warm_trials
@@ -77,14 +78,17 @@ def _search(given: argparse.Namespace) -> int:
             f"{', '.join(without)} (--scaling, --centered, --set) have no effect on rule {rule!r}, which sees no "
             "activity: remove them."
         )
-    recipe = {**recipe_of(given.dataset, given.arch), **changes, **variant.recipe()}
-    recipe |= _noise(given, recipe)
     both = given.objective == "both"
     space = load_space(rule, given.arch, scaling=variant.scaling)
-    name = study_name(rule, given.arch, given.dataset, scaling=variant.scaling, centered=variant.centered)
-    name += "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
+    cold = study_name(rule, given.arch, given.dataset, scaling=variant.scaling, centered=variant.centered)
+    cold += "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
+    name = check_name(given.name or (f"{cold}-warm" if given.warm_from else cold))
+    options, known = options_of(given), find_study(given.results, name)
+    begun = None if known is None else known.recipe
+    recipe = recipe_for(given.dataset, given.arch, {**changes, **variant.recipe()}, options, begun=begun)
+    recipe |= _noise(given, recipe)
     config = StudyConfig(
-        name=check_name(given.name or (f"{name}-warm" if given.warm_from else name)),
+        name=name,
         rule=rule,
         arch=given.arch,
         dataset=given.dataset,
@@ -100,12 +104,12 @@ def _search(given: argparse.Namespace) -> int:
         space=space.to_dict(),
     )
     if given.warm_from:
-        if config.name == name:
+        if name == cold:
             raise UserError(f"--name {name}: that is the name of the cold search; give the warm one another.")
         warm = warm_trials(given.results, given.warm_from, config, space)
         config = config.replace(warm_from=given.warm_from, warm=warm)
-    ready = check(config, space, options_of(given))
-    return _run_search(given, ready, variant, cold=name)
+    ready = check(config, space, options)
+    return _run_search(given, ready, variant, cold=cold)
 
 
 def _run_search(given: argparse.Namespace, ready: Ready, variant: Variant, *, cold: str) -> int:
