@@ -141,7 +141,9 @@ def _read(path: Path, rule: Rule, arch: str, row: SpaceRow) -> Space:
     scaling = settings.get("scaling", TrialConfig.scaling)
     if scaling in SECTIONS and scaling not in scalings:
         raise UserError(f"{path}: there are no ranges for scaling {scaling!r}; add a section scaling.{scaling}.")
-    space = Space({**base, **nets.get(arch, nets.get(base_arch(arch), {})), **scalings.get(scaling, {})}, settings=settings)
+    space = Space(
+        {**base, **nets.get(arch, nets.get(base_arch(arch), {})), **scalings.get(scaling, {})}, settings=settings
+    )
     try:
         for corner in space.corners():
             TrialConfig.from_dict({"rule": rule.name, **settings, **space.changes(corner)})

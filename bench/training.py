@@ -26,6 +26,7 @@ from bench.learning.rules import Rule, parse_rule
 from bench.learning.switch import examples_seen
 from bench.models import build, required_image_size, resolve_stem
 from bench.noise import ADDED_UP, UpdateNoise
+from bench.optimizers import make_feedback_optimizer, make_optimizer
 from bench.stages import stage, waiting
 
 #: A mean training loss beyond this many times the loss of guessing is of no more use.
@@ -49,7 +50,7 @@ class Trial:
     data: ImageData
     device: torch.device
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     learner: FeedbackLearner
     conversion: Conversion
     bf16: bool
@@ -116,23 +117,33 @@ def prepare(
     if group is not None:
         share_norms(model, group)
     _move(model, where)
+    return _trial(config, data, where, model, conversion, bf16, group)
+
+
+def _trial(
+    config: TrialConfig,
+    data: ImageData,
+    where: torch.device,
+    model: nn.Module,
+    conversion: Conversion,
+    bf16: bool,
+    group: Group | None,
+) -> Trial:
+    """The network with what moves its weights, W and B, and the noise of their updates."""
     groups = parameter_groups(
         model, lr=config.lr, weight_decay=config.weight_decay, feedback_lr_factor=config.feedback_lr_factor
     )
     own = [each for each in groups if each["name"] == "feedback" and config.feedback_optimizer != "shared"]
-    groups = [each for each in groups if each not in own]
-    # fused: one pass over the weights instead of four, which at small batches is a sixth of a step on a CPU
-    optimizer = torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
-    )
-    feedback_optimizer = _feedback_optimizer(config, own) if own else None
-    for each in (optimizer, feedback_optimizer) if feedback_optimizer else (optimizer,):
-        for settings in each.param_groups:
-            settings["full_lr"] = settings["lr"]
+    if own:
+        groups = [each for each in groups if each["name"] != "feedback"]
+    optimizer = make_optimizer(config, groups, where)
+    feedback_optimizer = make_feedback_optimizer(config, own) if own else None
     learner = FeedbackLearner(
         model, optimizer, group, feedback_optimizer=feedback_optimizer, fraction=config.feedback_fraction
     )
     trial = Trial(config, data, where, model, optimizer, learner, conversion, bf16, feedback_optimizer, group=group)
+    for settings in (each for known in trial.optimizers for each in known.param_groups):
+        settings["full_lr"] = settings["lr"]
     if config.update_noise:
         noisy = partial(UpdateNoise, sigma=config.update_noise)
         if feedback_optimizer is None:
@@ -153,15 +164,6 @@ def activity_of(config: TrialConfig) -> Activity:
         stabilize=config.stabilize,
         reversed_null=config.reversed_null,
     )
-
-
-def _feedback_optimizer(config: TrialConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make B's own optimizer: SGD with heavy-ball momentum, or Adam (momentum is its beta1)."""
-    assert config.feedback_lr is not None
-    groups = [{**each, "lr": config.feedback_lr} for each in groups]
-    if config.feedback_optimizer == "adam":
-        return torch.optim.Adam(groups, betas=(config.feedback_momentum, 0.999), fused=True)
-    return torch.optim.SGD(groups, momentum=config.feedback_momentum, fused=True)
 
 
 def _network(config: TrialConfig, data: ImageData) -> nn.Module:
@@ -219,6 +221,11 @@ def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
     """
     coefficients = dict(config.coefficients)
     activity_of(config).check(rule)
+    if rule.task_gradient and config.optimizer != "sgd":
+        raise UserError(
+            f"rule {rule.name!r} needs optimizer 'sgd', not {config.optimizer!r}: W and B draw together only if equal "
+            "gradients make equal steps; set optimizer=sgd."
+        )
     if config.feedback_optimizer != "shared" and (not rule.learns or rule.task_gradient):
         given = [name for name in OPTIMIZER_SETTINGS if getattr(config, name) != getattr(TrialConfig, name)]
         why = "B must make the steps of W, or W and B do not draw together" if rule.learns else "its B does not learn"
@@ -302,12 +309,13 @@ def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
 
     What σ does depends on the recipe: over a training the noise adds up, in a weight that nothing else moves, to
     N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which goes
-    through the momentum μ). The levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
+    through SGD's momentum μ, and not through AdamW's or Muon's: there without 1 − μ). The levels are those at which
+    σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
     """
-    v = 0.0
+    v, gain = 0.0, 1 / (1 - config.momentum) if config.optimizer == "sgd" else 1.0
     for step in range(config.epochs * steps):
         lr = config.lr * lr_factor(config, (step + 0.5) / steps)
-        v = v * max(0.0, 1 - lr * config.weight_decay / (1 - config.momentum)) ** 2 + lr**2
+        v = v * max(0.0, 1 - lr * config.weight_decay * gain) ** 2 + lr**2
     return tuple(float(f"{size / math.sqrt(v):.2g}") for size in ADDED_UP)
 
 

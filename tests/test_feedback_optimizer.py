@@ -129,7 +129,7 @@ def test_from_a_checkpoint_it_goes_on_bit_for_bit(changes: dict[str, Any], tmp_p
     class Stop(Exception):  # noqa: N818
         pass
 
-    def stop(epoch: int, _: Any) -> None:
+    def stop(*_: Any) -> None:
         raise Stop
 
     whole = run_trial(config, device="cpu")
@@ -186,9 +186,9 @@ def test_symmetric_on_a_network_follows_W() -> None:
 
 def test_own_energies_are_autograds_and_plain_without_operations() -> None:
     """The stabilising operations against their definition, written out example by example."""
-    from bench.learning.activity import Activity
+    from bench.learning.activity import Activity, energy_gradient
     from bench.learning.ops import ConvMaps
-    from bench.learning.primitives import PRIMITIVES, energy_gradient
+    from bench.learning.primitives import PRIMITIVES
 
     maps, generator = ConvMaps((1, 1), (1, 1), (1, 1), 1), torch.Generator().manual_seed(0)
     x, W, B = (

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from bench.config import TrialConfig, UserError
 from bench.evaluators.alignment import angle
-from bench.learning.activity import Activity, noise_patches
+from bench.learning.activity import Activity, noise_gradient, noise_patches
 from bench.learning.convert import convert
 from bench.learning.layers import AsymmetricLayer, asymmetric_from, asymmetric_layers
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.ops import LinearMaps
-from bench.learning.primitives import noise_gradient
 from bench.learning.rules import RULES, Rule, parse_rule
 from bench.training import prepare, train_step
 from layer_problems import PROBLEMS, Problem

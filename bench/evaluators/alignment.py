@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.evaluators.accuracy import evaluation_mode
+from bench.learning.activity import centered as without_mean
 from bench.learning.layers import AsymmetricLayer, asymmetric_layers, exact_gradients
-from bench.learning.scaling import centered as without_mean
 
 
 def angle(left: Tensor, right: Tensor) -> float:
@@ -133,7 +133,8 @@ def _settles_at_second_moments(layer: AsymmetricLayer) -> bool:
     """Whether nothing but amp, and decay, moves B."""
     state = layer.state
     moving = {name for name, value in state.coefficients.items() if value}
-    return state.rule.learns and not state.rule.task_gradient and {"amp"} <= moving <= {"amp", "decay"}
+    plain = not state.activity.is_noise and not state.activity.has_own_energies
+    return plain and state.rule.learns and not state.rule.task_gradient and {"amp"} <= moving <= {"amp", "decay"}
 
 
 def _add_pull(layers: Mapping[str, AsymmetricLayer], sums: dict[str, Tensor], name: str, x: Tensor) -> None:
@@ -141,7 +142,7 @@ def _add_pull(layers: Mapping[str, AsymmetricLayer], sums: dict[str, Tensor], na
     layer = layers[name]
     W = layer.weight
     z = layer.maps.forward(x, W)
-    if layer.state.centered:
+    if layer.state.activity.centered:
         x, centred_z = without_mean(layer.maps, x, z, W)
         z = z if centred_z is None else centred_z
     pull = layer.maps.kernel_grad(x, z, W).double()

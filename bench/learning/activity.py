@@ -49,7 +49,8 @@ from torch import Tensor
 
 from bench.config import FeedbackInput, Scaling, Stabilizer, UserError, unknown
 from bench.group import Group
-from bench.learning.ops import Maps
+from bench.learning.ops import LinearMaps, Maps, PatchMaps
+from bench.learning.primitives import activity_gradient
 from bench.learning.rules import Rule
 
 
@@ -189,3 +190,41 @@ def noise_patches(
         flat.uniform_(-math.sqrt(3.0), math.sqrt(3.0), generator=generator)
     parts = torch.split(flat.to(weights[0][1], non_blocking=True), [math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def energy_gradient(
+    maps: Maps, activity: Activity, coefficients: Mapping[str, float], x: Tensor, W: Tensor, B: Tensor, n: float
+) -> Tensor:
+    """Compute the gradient of B from the activity's own energies, by autograd, as a mean over n examples."""
+    with torch.enable_grad():
+        B = B.detach().requires_grad_()
+        energy = activity.energy(maps, coefficients, x, W.to(x.dtype), B)
+        return torch.autograd.grad(energy, B)[0].div_(n)
+
+
+def noise_gradient(
+    maps: Maps, activity: Activity, coefficients: Mapping[str, float], patches: Tensor, W: Tensor, B: Tensor
+) -> Tensor:
+    """Compute the gradient of B from amp, null and sparse on noise patches, as means over the patches.
+
+    Args:
+        maps: of the layer; they say how its weight is divided into groups.
+        activity: with noise as its input.
+        coefficients: by primitive.
+        patches: (samples, groups, patch size), as `noise_patches` draws them.
+        W, B: of the layer.
+
+    Returns:
+        A tensor shaped like B.
+    """
+    W, weight = maps.grouped(W), maps.grouped(B)
+    of: LinearMaps = PatchMaps()
+    if len(W) == 1:  # one plain matrix product is several times faster than einsum on small layers
+        of, patches, W, weight = LinearMaps(), patches[:, 0], W[0], weight[0]
+    if activity.has_own_energies:
+        return energy_gradient(of, activity, coefficients, patches, W, weight, len(patches)).reshape(B.shape)
+    if coefficients.get("null"):
+        return activity_gradient(of, coefficients, patches, of.forward(patches, W), weight).reshape(B.shape)
+    # sparse·B·x − amp·W·x is one map
+    both = weight * coefficients.get("sparse", 0.0) - W * coefficients.get("amp", 0.0)
+    return of.kernel_grad(patches, of.forward(patches, both), B).div_(len(patches)).reshape(B.shape)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bench.config import UserError
-from bench.learning.activity import Activity
+from bench.learning.activity import Activity, energy_gradient
 from bench.learning.activity import centered as without_mean
 from bench.learning.ops import ConvMaps, LinearMaps, Maps
-from bench.learning.primitives import activity_gradient, energy_gradient, needs_z, sees_batch
+from bench.learning.primitives import activity_gradient, needs_z, sees_batch
 from bench.learning.rules import Rule
 from bench.learning.switch import Switch
 

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from bench.config import UserError
 from bench.group import Group
-from bench.learning.activity import noise_patches
+from bench.learning.activity import noise_gradient, noise_patches
 from bench.learning.layers import AsymmetricLayer, asymmetric_layers, check_coefficients
-from bench.learning.primitives import noise_gradient, sees_batch
+from bench.learning.primitives import sees_batch
 from bench.learning.switch import Switch
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.group import Group
-from bench.learning.activity import Activity
-from bench.learning.ops import LinearMaps, Maps, PatchMaps
+from bench.learning.ops import Maps
 
 #: (maps, x, z, W, B) to a number (the energy) or to a tensor shaped like B (its gradient)
 Formula = Callable[[Maps, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -143,41 +142,6 @@ def activity_gradient(
         total = _per(maps.kernel_grad(x, z, B).mul_(-amp), of_x)
     assert total is not None, "called without a coefficient that sees the batch"
     return total
-
-
-def energy_gradient(
-    maps: Maps, activity: Activity, coefficients: Mapping[str, float], x: Tensor, W: Tensor, B: Tensor, n: float
-) -> Tensor:
-    """Compute the gradient of B from the activity's own energies, by autograd, as a mean over n examples."""
-    with torch.enable_grad():
-        B = B.detach().requires_grad_()
-        energy = activity.energy(maps, coefficients, x, W.to(x.dtype), B)
-        return torch.autograd.grad(energy, B)[0].div_(n)
-
-
-def noise_gradient(
-    maps: Maps, activity: Activity, coefficients: Mapping[str, float], patches: Tensor, W: Tensor, B: Tensor
-) -> Tensor:
-    """Compute the gradient of B from amp, null and sparse on noise patches, as means over the patches.
-
-    Args:
-        maps: of the layer; they say how its weight is divided into groups.
-        activity: with noise as its input.
-        coefficients: by primitive.
-        patches: (samples, groups, patch size), as `bench.learning.activity.noise_patches` draws them.
-        W, B: of the layer.
-
-    Returns:
-        A tensor shaped like B.
-    """
-    W, weight = maps.grouped(W), maps.grouped(B)
-    of: LinearMaps = PatchMaps()
-    if len(W) == 1:  # one plain matrix product is several times faster than einsum on small layers
-        of, patches, W, weight = LinearMaps(), patches[:, 0], W[0], weight[0]
-    if activity.has_own_energies:
-        return energy_gradient(of, activity, coefficients, patches, W, weight, len(patches)).reshape(B.shape)
-    z = of.forward(patches, W) if needs_z(coefficients) else None
-    return activity_gradient(of, coefficients, patches, z, weight).reshape(B.shape)
 
 
 def _positive(energy: Tensor, group: Group | None) -> Tensor:

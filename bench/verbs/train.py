@@ -62,7 +62,7 @@ def _train_config(given: argparse.Namespace) -> TrialConfig:
     """Flag over file over the data set's recipe over default."""
     from bench.files import read_yaml
     from bench.learning.rules import parse_rule
-    from bench.recipes import recipe_of
+    from bench.place import Options, recipe_for
 
     values: dict[str, Any] = read_yaml(given.config) if given.config else {}
     settings = parse_settings(given.set)
@@ -78,9 +78,19 @@ def _train_config(given: argparse.Namespace) -> TrialConfig:
     if "rule" not in merged:
         raise UserError("bench train needs --rule, or --config with a rule in it.")
     if not given.config:
-        merged = {**recipe_of(merged.get("dataset", "digits"), merged.get("arch", "resnet18")), **merged}
+        dataset, arch = (merged.get(name, getattr(TrialConfig, name)) for name in ("dataset", "arch"))
+        merged = recipe_for(dataset, arch, merged, Options(device=given.device), begun=_begun(given))
     config = TrialConfig.from_dict({**merged, "coefficients": coefficients})
     return config.replace(rule=parse_rule(config.rule).name)
+
+
+def _begun(given: argparse.Namespace) -> dict[str, Any] | None:
+    """The configuration of the run that ``--checkpoint`` goes on with; None if there is none."""
+    from bench.checkpoint import checkpoint_file, previous
+
+    state = previous(checkpoint_file(str(given.checkpoint)), "cpu") if given.checkpoint is not None else None
+    found: dict[str, Any] | None = state and state["config"]
+    return found
 
 
 def _evaluate(given: argparse.Namespace) -> int:
