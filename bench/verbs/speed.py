@@ -223,7 +223,7 @@ def _search(given: argparse.Namespace) -> int:
     from bench.models import check_arch
     from bench.provenance import provenance
     from bench.rivalry import compared, over_rounds
-    from bench.space import load_space
+    from bench.space_files import load_space
 
     check_arch(given.arch)
     check_range("--search", "seconds", given.search, 10, 10**6)
