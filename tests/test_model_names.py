@@ -20,9 +20,8 @@ from bench.cli import main
 from bench.config import UserError, study_name
 from bench.listing import listing
 from bench.place import Options
-from bench.plans import Variant
 from bench.recipes import RECIPES, recipe_of
-from bench.space import load_space
+from bench.space_files import load_space
 from bench.transfer import TransferConfig, prepare_transfer
 from bench.verbs.common import BAD_INPUT, check_name
 
@@ -192,7 +191,7 @@ def test_commands_take_these_names(arch: str, tmp_path: Path) -> None:
     config = TransferConfig(
         name="t", rules=("symmetric",), source=arch, targets=("resnet20@0.25",), dataset="digits", configs=1, both=True
     )
-    ready = prepare_transfer(config, [Variant()], given=budget, changes={}, options=options)
+    ready = prepare_transfer(config, given=budget, changes={}, options=options)
     assert {wanted.arch for wanted in ready.searches} == {arch, "resnet20@0.25"}
     assert not list(tmp_path.iterdir())
 

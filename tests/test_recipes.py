@@ -15,7 +15,7 @@ from bench.config import StudyConfig, TrialConfig, UserError
 from bench.files import write_yaml
 from bench.optimizers import OPTIMIZERS
 from bench.place import Options, cpu_has_bf16, recipe_for
-from bench.plans import Variant, Wanted, plan
+from bench.plans import Wanted, plan
 from bench.recipes import RECIPES, recipe_of
 from bench.robustness_plan import rules_of
 
@@ -169,7 +169,7 @@ def test_a_search_begun_without_goes_on_without(recipe_of_search: Any, monkeypat
 
 @pytest.mark.usefixtures("bf16")
 def test_the_searches_of_a_plan_have_one_precision(tmp_path: Path) -> None:
-    wanted = [Wanted.of(rule, "lenet", "digits", Variant()) for rule in ("sign", "frozen")]
+    wanted = [Wanted.of(rule, "lenet", "digits", "default") for rule in ("sign", "frozen")]
     options = Options(results=tmp_path, device="cpu")
 
     def precisions(begun: Any = None) -> set[str | None]:
