@@ -163,10 +163,12 @@ def test_no_choice_of_stem_at_any_width(arch: str) -> None:
 def test_a_width_keeps_its_networks_stem_size_recipe_and_space(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.resolve_stem("auto", arch="resnet18@0.25", image_size=224) == "imagenet"
     assert models.required_image_size("lenet@2") == 32
-    monkeypatch.setitem(RECIPES, "digits", replace(RECIPES["digits"], archs={"lenet": {"lr": 0.5}}))
+    sgd = replace(RECIPES["digits"]["sgd"], archs={"lenet": {"lr": 0.5}})
+    monkeypatch.setitem(RECIPES, "digits", {"sgd": sgd})
     assert recipe_of("digits", "lenet@2") == recipe_of("digits", "lenet")
     assert recipe_of("digits", "lenet")["lr"] == 0.5
-    assert load_space("sparse", "lenet@2") == load_space("sparse", "lenet") != load_space("sparse", "resnet18")
+    of = {arch: load_space("sparse", arch, space="reference") for arch in ("lenet@2", "lenet", "resnet18")}
+    assert of["lenet@2"] == of["lenet"] != of["resnet18"]
 
 
 def test_names_of_studies_differ_as_the_networks_do() -> None:
