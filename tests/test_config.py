@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,3 +304,13 @@ def test_a_digest_is_of_what_differs_from_the_defaults() -> None:
     config = TrialConfig(rule="sparse", coefficients={"sparse": 0.1}, epochs=3)
     assert config.identity() == {"rule": "sparse", "coefficients": {"sparse": 0.1}, "epochs": 3}
     assert TrialConfig.from_dict(config.identity()) == config
+
+
+def test_published_runs_keep_their_digests() -> None:
+    """A confirmation's uid ends in the digest of its configuration: a new field must not change an old name."""
+    published = Path(__file__).parents[1] / "results" / "published"
+    rows = [json.loads(line) for path in published.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    confirmed = [row for row in rows if "-confirm-" in row["uid"]]
+    assert len(confirmed) > 100
+    for row in confirmed:
+        assert row["uid"].endswith(TrialConfig.from_dict(row["config"]).digest()), row["uid"]
