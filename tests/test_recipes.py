@@ -203,3 +203,32 @@ def test_a_training_says_its_precision_and_goes_on_with_it(tmp_path: Path, capsy
     again, new = train("--checkpoint", old), train()
     found = [(row["config"]["precision"], row["provenance"]["precision"]) for row in (first, again, new)]
     assert found == [("auto", "float32"), ("auto", "float32"), ("bf16", "bf16")]
+
+
+def test_a_measurement_begun_without_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import robustness
+
+    def stop(config: Any, *_: Any) -> None:
+        raise SeenError(config)
+
+    monkeypatch.setattr(robustness, "prepare_measurement", stop)
+
+    def precision(name: str, *more: str) -> str:
+        with pytest.raises(SeenError) as seen:
+            main(["robustness", "--rule", "sign", "--site", "input", "--results", str(tmp_path), "--name", name, *more])
+        config = seen.value.args[0].to_dict()
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        write_yaml(folder / "robustness.yaml", {"config": config})
+        (found,) = {each["precision"] for each in config["rules"].values()}
+        return str(found)
+
+    assert precision("old") == "auto"
+    monkeypatch.setattr(place, "cpu_has_bf16", lambda: True)
+    assert (precision("old"), precision("new"), precision("own", "--set", "precision=float32")) == (
+        "auto",
+        "bf16",
+        "float32",
+    )
+    monkeypatch.setattr(place, "cpu_has_bf16", lambda: False)
+    assert precision("new") == "bf16"

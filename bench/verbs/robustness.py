@@ -124,7 +124,8 @@ def _begun(given: argparse.Namespace) -> dict[str, Any] | None:
     path = given.results / (given.name or study_name("robustness", arch, dataset)) / "robustness.yaml"
     config = read_yaml(path).get("config") if path.exists() else None
     rules = config.get("rules") if isinstance(config, dict) else None  # a damaged one is said where it is gone on with
-    return next(iter(rules.values()), None) if isinstance(rules, dict) else None
+    reference = next(iter(rules.values()), None) if isinstance(rules, dict) else None
+    return reference if isinstance(reference, dict) else None
 
 
 def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:
