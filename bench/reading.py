@@ -235,7 +235,7 @@ def _control_recipe(config: StudyConfig | None, own: Sequence[Row]) -> dict[str,
     """
     recipe = _recipe(own[0])
     quiet = ("update_noise", "update_noise_on") if recipe["update_noise_on"] == "feedback" else ()
-    if config is not None:
+    if config is not None and "lr" in config.space:
         recipe["lr"] = config.recipe.get("lr", USUAL["lr"])
     elif lr_is_searched(own):
         del recipe["lr"]

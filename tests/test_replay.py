@@ -23,7 +23,10 @@ ROBUSTNESS = PUBLISHED / "robustness-resnet18-digits" / "robustness-resnet18-dig
 
 def printed(folder: Path) -> dict[str, Any]:
     """What the command left as its summary, without what is of the moment; then a space was called a scaling."""
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text().replace('"scaling":', '"space":'))
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    for part in (found, *found.get("pairs", ()), *found.get("rules", ())):
+        if "scaling" in part:
+            part["space"] = part.pop("scaling")
     found.pop("busy")
     return found
 
