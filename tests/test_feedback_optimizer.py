@@ -60,7 +60,8 @@ def test_clipping_does_not_see_Bs_gradient() -> None:
     model, optimizer, own = network("mirror", {"amp": 1.0, "decay": 100.0})
     learner = FeedbackLearner(model, optimizer, feedback_optimizer=torch.optim.SGD(own, lr=1e-3))
     x = torch.randn(4, 3, dtype=torch.float64)
-    for _ in range(2):
+    for on in (True, True, False):
+        learner.on = on
         optimizer.zero_grad()
         model(x).square().sum().backward()
         total = nn.utils.clip_grad_norm_(model.parameters(), 1e9)

@@ -91,6 +91,8 @@ class FeedbackLearner:
     @on.setter
     def on(self, value: bool) -> None:
         self._switch.on = value
+        if not value:
+            self._clear()
 
     def set_coefficients(self, coefficients: Mapping[str, float]) -> None:
         """Take these coefficients from here on; UserError unless they are those of the rule's primitives."""
@@ -138,12 +140,17 @@ class FeedbackLearner:
             )
         self._due = self._own is not None
 
-    def _deliver(self) -> None:
-        """Set B.grad, and forget what it was made of."""
+    def _clear(self) -> None:
+        """Drop the gradients of the last step, which clipping by the norm of all gradients must not see."""
         for layer in self._layers:
-            layer.state.drop_fresh()
             if layer.feedback is not None:
                 layer.feedback.grad = None
+
+    def _deliver(self) -> None:
+        """Set B.grad, and forget what it was made of."""
+        self._clear()
+        for layer in self._layers:
+            layer.state.drop_fresh()
         with torch.no_grad():
             if self._ddp is not None:
                 self._add_up_ranks(self._ddp)
