@@ -7,8 +7,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 
 # The demo's budget: about ten minutes on two cores without a GPU.
-DEMO_TRIALS ?= 3
-DEMO_EPOCHS ?= 3
+DEMO_TRIALS ?= 2
+DEMO_EPOCHS ?= 2
 DEMO_ARGS ?= --confirm-seeds 2
 
 # The test files of which test-faults runs the tests; empty: all, and ten times the malformed input.
@@ -23,7 +23,7 @@ INSTALLED_BROWSER := $(VENV)/installed-browser
 .PHONY: help demo test test-faults test-browser chromium postgresql dashboards check format clean
 
 help:
-	@echo "make demo    set up, then search sparse on resnet50 with the embedded digits"
+	@echo "make demo    set up, then search activation on resnet20 and sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
 	@echo "make test-faults   set up, then the tests that kill processes, servers and disks (more than half an hour)"
 	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
@@ -33,6 +33,7 @@ help:
 	@echo "make clean   remove the virtual environment and the caches (never results)"
 
 demo: $(INSTALLED)
+	$(BIN)/bench search --rule activation --arch resnet20 --trials 4 --epochs 10 $(DEMO_ARGS)
 	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) $(DEMO_ARGS)
 
 test: $(INSTALLED_DEV)

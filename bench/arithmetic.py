@@ -19,13 +19,15 @@ from bench.learning.rules import RULES, Rule
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One use of a layer in a pass. ``products``: multiplications of one of its maps, for the whole batch.
+    """One use of a layer in a pass. ``products``: multiplications of one of its maps, for the whole batch; ``weights``:
+    the size of its W, the multiplications of one of its maps for one noise patch.
 
     ``sends``: its input needs a gradient. ``learns``: its W does. ``feeds``: it has a B of its own.
     """
 
     name: str
     products: int
+    weights: int
     sends: bool
     learns: bool
     feeds: bool
@@ -62,6 +64,7 @@ def _note(found: list[Layer], name: str, module: Any, given: tuple[Tensor, ...],
         Layer(
             name=name,
             products=out.numel() * per_output,
+            weights=module.weight.numel(),
             sends=given[0].requires_grad,
             learns=module.weight.requires_grad,
             feeds=isinstance(module, AsymmetricLayer),
@@ -69,14 +72,21 @@ def _note(found: list[Layer], name: str, module: Any, given: tuple[Tensor, ...],
     )
 
 
-def products(layers: Sequence[Layer], rule: Rule, fraction: float = 1.0) -> float:
-    """The multiplications of one training step; B learns from this share of each batch's examples.
+def products(layers: Sequence[Layer], rule: Rule, fraction: float = 1.0, samples: int = 0) -> float:
+    """The multiplications of one training step.
 
-    Of a layer that sends nothing down B has no effect, and does not learn.
+    B learns from this share of each batch's examples, or from so many noise patches. Of a layer that sends nothing down
+    B has no effect, and does not learn.
     """
-    return sum(layer.products * (layer.maps + fraction * rule.maps * (layer.feeds and layer.sends)) for layer in layers)
+    task = sum(layer.products * layer.maps for layer in layers)
+    fed = [layer for layer in layers if layer.feeds and layer.sends]
+    if samples:
+        return task + samples * rule.noise_maps * sum(layer.weights for layer in fed)
+    return task + fraction * rule.maps * sum(layer.products for layer in fed)
 
 
-def floor(layers: Sequence[Layer], backprop: Sequence[Layer], rule: Rule, fraction: float = 1.0) -> float:
+def floor(
+    layers: Sequence[Layer], backprop: Sequence[Layer], rule: Rule, fraction: float = 1.0, samples: int = 0
+) -> float:
     """A step's multiplications in those of backprop: ``layers`` of the rule's network, ``backprop`` of a plain one."""
-    return products(layers, rule, fraction) / products(backprop, RULES["backprop"])
+    return products(layers, rule, fraction, samples) / products(backprop, RULES["backprop"])

@@ -70,7 +70,11 @@ def trial_config(
         **changes,
     }
     idle = idle_settings(values["rule"])
-    return TrialConfig.from_dict({name: value for name, value in values.items() if name not in idle})
+    values = {name: value for name, value in values.items() if name not in idle}
+    if schedules := values.get("coefficient_schedules"):
+        own = values.get("coefficients", {})
+        values["coefficient_schedules"] = {name: each for name, each in schedules.items() if name in own}
+    return TrialConfig.from_dict(values)
 
 
 class Campaign(Runs):

@@ -22,6 +22,7 @@ from torch import nn
 from bench.config import TrialConfig, UserError
 from bench.disk import DiskError, on_disk
 from bench.objects import ObjectFile, ObjectsAwayError, discard, is_uri, within
+from bench.optimizers import laid_out_as
 from bench.uploads import UPLOADS, tell
 
 _KEYS = {"config", "epoch", "history", "model", "optimizer"}
@@ -50,6 +51,7 @@ def write_checkpoint(
     history: list[dict[str, float]],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    feedback_optimizer: torch.optim.Optimizer | None = None,
     code: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the whole state, at once or not at all: a kill, or a power cut, leaves the old file or the new one.
@@ -63,6 +65,7 @@ def write_checkpoint(
         "history": history,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "feedback_optimizer": {} if feedback_optimizer is None else feedback_optimizer.state_dict(),
         "code": [dict(each) for each in code],
     }
     if isinstance(path, ObjectFile):
@@ -146,7 +149,8 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it.") from error
     if missing := _KEYS - set(state if isinstance(state, dict) else ()):
         raise UserError(f"{path} is not a checkpoint of bench: it has no {', '.join(sorted(missing))}.")
-    state.setdefault("code", [])  # older releases did not say
+    for name, absent in (("code", []), ("feedback_optimizer", {})):  # older releases did not say
+        state.setdefault(name, absent)
     if wrong := [name for name, fits in _FITS.items() if not fits(state[name])]:
         raise UserError(f"{path} is not a checkpoint of bench: its {wrong[0]} is of another kind; remove it.")
     if len(state["history"]) != state["epoch"]:
@@ -202,6 +206,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "history": _is_history,
     "model": lambda value: isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()),
     "optimizer": lambda value: isinstance(value, dict),
+    "feedback_optimizer": lambda value: isinstance(value, dict),
     "code": _is_code,
 }
 
@@ -219,17 +224,19 @@ def load_weights(path: File, model: nn.Module, weights: Mapping[str, Any]) -> No
 
 
 def load_optimizer(path: File, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint's momenta into an optimizer; UserError if they, or its settings, are another's."""
+    """Put a checkpoint's state into an optimizer; UserError if it, or the optimizer's settings, are another's."""
     error = UserError(f"{path} does not fit its own configuration's optimizer; it is damaged: remove it.")
-    before, params = _settings(optimizer), [p for group in optimizer.param_groups for p in group["params"]]
+    before, params = _settings(optimizer), [(p, group) for group in optimizer.param_groups for p in group["params"]]
     try:
-        fits = all(_fit(params[index], kept["momentum_buffer"]) for index, kept in state["state"].items())
+        fits = all(_fits_state(params[index], kept) for index, kept in state["state"].items())
         if fits:  # torch would turn numbers of another type into these, too
             optimizer.load_state_dict(dict(state))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as cause:
         raise error from cause
     if not fits or _settings(optimizer) != before:
         raise error
+    for p, kept in optimizer.state.items():  # fused kernels go through memory, where a GPU has its own order
+        kept.update({k: laid_out_as(p, v) for k, v in kept.items() if v is not None and v.shape == p.shape})
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, tuple[type, Any]]]:
@@ -238,5 +245,14 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, tuple[type, An
     return [{k: (type(v), v) for k, v in group.items() if k not in ("params", "lr")} for group in groups]
 
 
-def _fit(p: torch.Tensor, momentum: torch.Tensor | None) -> bool:
-    return momentum is None or (momentum.shape, momentum.dtype, momentum.layout) == (p.shape, p.dtype, p.layout)
+def _fits_state(owner: tuple[torch.Tensor, Mapping[str, Any]], kept: Mapping[str, Any]) -> bool:
+    """Whether it is what the group keeps of its parameter: a momentum, or Adam's two moments and number of steps."""
+    p, group = owner
+    if "betas" not in group:
+        return kept["momentum_buffer"] is None or _fit(p, kept["momentum_buffer"])
+    moments = ("exp_avg", "exp_avg_sq")
+    return all(_fit(p, kept[name]) for name in moments) and _fit(torch.zeros(()), kept["step"])
+
+
+def _fit(p: torch.Tensor, kept: torch.Tensor) -> bool:
+    return (kept.shape, kept.dtype, kept.layout) == (p.shape, p.dtype, p.layout)

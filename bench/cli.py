@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import bench
-from bench.config import UserError, unknown
+from bench.config import UserError, one_line, unknown
 from bench.disk import find_disk_error
 from bench.verbs import cluster, compare, matrix, report, robustness, search, speed, sync, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_kept, add_results, at_hand, verb
+from bench.worker import is_of_memory
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename is not None else ""
         other = UserError(f"{place}{error.strerror or error}; name another place, or permit it.")
         print(f"bench: {find_disk_error(error) or other}", file=sys.stderr)
+        return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:  # torch's own, and Python's
+        if not is_of_memory(error):
+            raise
+        said = one_line(str(error)).rpartition("DefaultCPUAllocator: ")[2] or "no more is to be had"
+        print(
+            f"bench: too little memory ({said}); take a smaller network, width, batch or image size.", file=sys.stderr
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)

@@ -505,15 +505,21 @@ class StudyConfig(Strict):
             raise UserError("study: warm and warm_from go together: trials, and the study that they are from.")
 
 
+def base_arch(arch: str) -> str:
+    """The network's name without its width: resnet18 of resnet18@0.25."""
+    return arch.partition("@")[0]
+
+
 def study_name(rule: str, arch: str, dataset: str, *, space: str = "default") -> str:
     """The default name: what the study is about, in characters that every file system takes.
 
-    ``space``: that of the search, in `bench.spaces.SPACES`.
+    ``space``: that of the search, in `bench.spaces.SPACES`. A width's ``@`` becomes ``x``, not the dash that all else
+    becomes: mlp:512-2 and mlp:512@2 are two networks.
     """
     kind, _, path = dataset.partition(":")
     data = f"{kind}-{PurePath(path).name}" if path else kind
     how = "" if space == "default" else f"-{space}"
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}-{data}{how}").strip("-.")
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{rule}-{arch}".replace("@", "x") + f"-{data}{how}").strip("-.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,7 @@ def prepare_fractions(
     blind = [rule for rule in rules if not parse_rule(rule).sees_activity]
     if blind:
         raise UserError(f"--fractions has no effect on {', '.join(blind)}, which see no activity: leave them out.")
-    known = rules_of(rules, arch=arch, dataset=dataset, changes=changes, files=files, results=options.results)
+    known = rules_of(rules, arch=arch, dataset=dataset, changes=changes, files=files, options=options)
     wanted = {rule: config.to_dict() for rule, config in known.items() if parse_rule(rule).sees_activity}
     first = next(iter(known.values()))
     name = name or study_name("fractions", first.arch, first.dataset)

@@ -23,11 +23,16 @@ def _primitives() -> Listing:
 
 
 def _networks() -> Listing:
-    from bench.models import ARCHITECTURES
+    from bench.models import ARCHITECTURES, MLP
 
-    rows = [{"name": a.name, "what": a.summary, "source": a.source} for a in ARCHITECTURES.values()]
+    rows = [{"name": a.name, "what": a.summary, "source": a.source} for a in (*ARCHITECTURES.values(), MLP)]
     return [
         *rows,
+        {
+            "name": "NAME@F",
+            "what": "any of these, channels and hidden units times F, as in resnet18@0.25",
+            "source": "",
+        },
         *({"name": f"{lib}:NAME", "what": f"any network of {lib}", "source": lib} for lib in ("torchvision", "timm")),
     ]
 
@@ -94,7 +99,7 @@ def _objectives() -> Listing:
 
 
 def _scalings() -> Listing:
-    from bench.learning.scaling import SCALINGS
+    from bench.learning.activity import SCALINGS
 
     return [{"name": s.name, "what": s.summary, "source": s.source} for s in SCALINGS.values()]
 

@@ -92,7 +92,8 @@ def prepare_matrix(
         settled = next(iter(searches.values())).config
         trials = len(subsets(config.primitives)) * settled.trials
         budget = {name: getattr(settled, name) for name in BUDGET} | {"trials": trials}
-        searches |= plan(any_of(config), given=budget, changes=changes, options=options)
+        begun = settled.recipe
+        searches |= plan(any_of(config), given=budget, changes=changes, options=options, begun=begun)
     check_own_name(config.name, searches.values())
     run = [w for w in searches if not only or w.rule in only]
     return Prepared(config=config, searches=searches, run=run)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bench.config import TrialConfig, UserError
 from bench.evaluators.adversarial import ATTACKS
@@ -12,6 +15,7 @@ from bench.joining import check_address
 from bench.noise import SITES
 from bench.objects import child
 from bench.provenance import usable_cores
+from bench.recipes import recipe_of
 from bench.stores import check_storage, check_uri, embedded
 from bench.training import check_together, pick_device, prepare, update_levels
 
@@ -93,8 +97,6 @@ def share_out(options: Options, device_type: str) -> Share:
     if device_type != "cuda":
         trials = concurrent or max(1, cores // workers)
         return Share(concurrent=trials, threads=max(1, cores // (trials * workers)), gpus=0.0)
-    import torch
-
     found = torch.cuda.device_count()
     trials = concurrent or (int(found / gpus + 1e-9) if gpus else found // workers) or 1
     threads = max(1, cores // (trials * workers))
@@ -110,9 +112,7 @@ def survey(options: Options, config: TrialConfig) -> Place:
         check_storage(options.storage)
     if options.address is not None:
         check_address(options.address)
-    # the machines of a cluster may have what this one lacks
-    elsewhere = options.address is not None and options.device != "auto"
-    device = options.device.partition(":")[0] if elsewhere else pick_device(options.device).type
+    device = device_type(options)
     trial = prepare(config, data_dir=options.data_dir, device="cpu")
     if options.workers_per_trial > 1:
         check_together(trial, options.workers_per_trial)
@@ -127,6 +127,44 @@ def survey(options: Options, config: TrialConfig) -> Place:
         uri=uri,
         artifacts=artifacts,
     )
+
+
+def device_type(options: Options) -> str:
+    """``cpu`` or ``cuda``: what these options' runs run on."""
+    # the machines of a cluster may have what this one lacks
+    elsewhere = options.address is not None and options.device != "auto"
+    return options.device.partition(":")[0] if elsewhere else pick_device(options.device).type
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX): elsewhere it is slower than float32.
+
+    By torch.cpu.get_capabilities, which is public; a torch that does not have it yet says no.
+    """
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def recipe_for(
+    dataset: str,
+    arch: str,
+    changes: Mapping[str, Any],
+    options: Options,
+    *,
+    begun: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The recipe of new runs: that of the data set, the network and the optimizer, with ``changes`` over it.
+
+    A configuration names its result, so ``precision = "auto"`` is float32 in every run on a CPU. It becomes bf16 here,
+    on a CPU that has it, where nothing is ``begun``: the recipe of what is, whose precision it keeps.
+    """
+    recipe = {**recipe_of(dataset, arch, changes.get("optimizer", TrialConfig.optimizer)), **changes}
+    if recipe.get("precision", "auto") != "auto":
+        return recipe
+    if begun is not None:
+        recipe.pop("precision", None)
+        return recipe | {name: begun[name] for name in ("precision",) if name in begun}
+    return recipe | ({"precision": "bf16"} if device_type(options) == "cpu" and cpu_has_bf16() else {})
 
 
 def default_levels(site: str, config: TrialConfig, options: Options) -> tuple[float, ...]:

@@ -12,12 +12,11 @@ from bench.choices import SAMPLERS
 from bench.config import StudyConfig, UserError, study_name
 from bench.files import read_yaml
 from bench.learning.rules import ANY
-from bench.place import Options, Place
-from bench.recipes import recipe_of
+from bench.place import Options, Place, recipe_for
 from bench.search import check
 from bench.space import Space
 from bench.space_files import load_space
-from bench.spaces import DEFAULT, REFERENCE, canonical_space, recipe_in, space_of
+from bench.spaces import DEFAULT, REFERENCE, canonical_space, space_changes, space_of
 
 #: What makes the searches of one plan comparable, beside the recipe; the ones that may grow in a study begun before.
 BUDGET = ("trials", "epochs", "seed", "sampler", "scheduler", "confirm_seeds")
@@ -73,20 +72,30 @@ def find_study(results: Path, name: str) -> StudyConfig | None:
 
 
 def plan(
-    wanted: Sequence[Wanted], *, given: Mapping[str, Any], changes: Mapping[str, Any], options: Options
+    wanted: Sequence[Wanted],
+    *,
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    options: Options,
+    begun: Mapping[str, Any] | None = None,
 ) -> dict[Wanted, Ready]:
     """Everything that these searches need, tried out; each stands once, in the order given.
 
     ``given``: of `BUDGET`, what the user said; else what the searches found have, else the defaults of StudyConfig.
-    ``changes``: to the training recipe. UserError where a search was begun with another budget or recipe: what is
+    ``changes``: to the training recipe. ``begun``: the recipe of other searches of the plan, if none of these is found
+    (`bench.place.recipe_for`). UserError where a search was begun with another budget or recipe: what is
     compared must have had the same.
     """
     known = {w: found for w in dict.fromkeys(wanted) if (found := find_wanted(options.results, w))}
     budget = {name: _settle(name, given, known.values()) for name in BUDGET}
+    begun = next((config.recipe for config in known.values()), begun)
     places: dict[str, Place] = {}
     ready = {}
     for w in dict.fromkeys(wanted):
-        config = _config(w, budget, changes)
+        space = load_space(w.rule, w.arch, space=w.space)
+        space.check_changes(changes, w.space)
+        all_changes = space_changes(space, w.rule, changes)
+        config = _config(w, budget, recipe_for(w.dataset, w.arch, all_changes, options, begun=begun), space)
         if w in known:
             config = _same(known[w], config, options)
         space = Space.from_dict(config.space)
@@ -121,10 +130,7 @@ def _is_searched(config: StudyConfig) -> bool:
     return bool(Space.from_dict(config.space).searched)
 
 
-def _config(wanted: Wanted, budget: Mapping[str, Any], changes: Mapping[str, Any]) -> StudyConfig:
-    space = load_space(wanted.rule, wanted.arch, space=wanted.space)
-    space.check_changes(changes, wanted.space)
-    recipe = recipe_in(space, wanted.rule, recipe_of(wanted.dataset, wanted.arch), changes)
+def _config(wanted: Wanted, budget: Mapping[str, Any], recipe: Mapping[str, Any], space: Space) -> StudyConfig:
     sampler = budget["sampler"]
     if wanted.rule == ANY and sampler in SAMPLERS and not SAMPLERS[sampler].conditional:
         sampler = "tpe"

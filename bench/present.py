@@ -21,6 +21,7 @@ from bench.robustness_words import (
     verdict_lines,
 )
 from bench.summary import columns as search_columns
+from bench.summary import floor_words
 from bench.summary import table_rows as search_rows
 from bench.terminal import Console, console, table
 from bench.ui import runs_link
@@ -45,6 +46,8 @@ def print_search(outcome: str, summary: Mapping[str, Any], options: Options) -> 
     rows = search_rows(summary)
     if rows:
         note = "mean ± standard deviation over n fresh seeds; test is read once per seed; intervals are paired, 95 % t"
+        if floor := floor_words(summary):
+            note += f"; {floor}"
         if summary["objective"] == "both":
             note += "; ● on the front of the validation means: what differs by less than ± may trade places"
         out.print(table(head, search_columns(summary), rows, caption=note))

@@ -27,6 +27,7 @@ from bench.files import read_yaml
 from bench.learning.rules import parse_rule
 from bench.noise import SITES
 from bench.objects import child
+from bench.place import Options, recipe_for
 from bench.probe import digest_of
 from bench.recipes import recipe_of
 from bench.robustness_summary import THROUGH_B
@@ -261,14 +262,16 @@ def rules_of(
     dataset: str | None = None,
     changes: Mapping[str, Any],
     files: Sequence[Path] = (),
-    results: Path,
+    options: Options,
     given: Sequence[TrialConfig] = (),
+    begun: Mapping[str, Any] | None = None,
 ) -> dict[str, TrialConfig]:
     """The configuration of each rule, `REFERENCE` first; all with one recipe.
 
     Coefficients come from ``given`` (trained networks) or ``files`` (a best.yaml); else from the rule's own study under
-    ``results``. The recipe is that of the first rule for which there is such a configuration (else the data set's),
-    with ``changes`` over it. So are the network and the data set, unless ``arch`` and ``dataset`` name others.
+    the results. The recipe is that of the first rule for which there is such a configuration (else the data set's; see
+    `bench.place.recipe_for`, also for ``begun``), with ``changes`` over it: another optimizer brings its own recipe. So
+    are the network and the data set, unless ``arch`` and ``dataset`` name others.
     UserError where a rule's coefficients are not known, or two recipes differ.
     """
     named = {name: value for name, value in (("arch", arch), ("dataset", dataset)) if value is not None}
@@ -280,12 +283,15 @@ def rules_of(
         raise UserError("name the rules to measure: --rule, --config, --study or --checkpoint.")
     first: Mapping[str, Any] = next(iter(known.values()), {})
     where = {name: first.get(name, getattr(TrialConfig, name)) for name in ("arch", "dataset")} | named
-    base = {**recipe_of(where["dataset"], where["arch"]), **where}
+    named_one = {name: value for name, value in changes.items() if name == "optimizer"}
+    base = {**recipe_for(where["dataset"], where["arch"], named_one, options, begun=begun), **where}
     for rule in rules:
         if rule not in known:
-            known[rule] = _without_measurement(_from_study(rule, where["arch"], where["dataset"], results))
-    shared = next(({**base, **known[rule]} for rule in rules if known[rule]), base)
+            known[rule] = _without_measurement(_from_study(rule, where["arch"], where["dataset"], options.results))
+    shared = next(({**base, "optimizer": TrialConfig.optimizer, **known[rule]} for rule in rules if known[rule]), base)
     recipe = {name: value for name, value in shared.items() if name not in OF_A_RULE}
+    if named_one and shared.get("optimizer", TrialConfig.optimizer) != named_one["optimizer"]:
+        changes = {**recipe_of(where["dataset"], where["arch"], **named_one), **changes}
     found = {
         rule: TrialConfig.from_dict(
             {**(base if known[rule] else recipe), **known[rule], **named, "rule": rule, **changes}

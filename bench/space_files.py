@@ -12,7 +12,7 @@ optionally, ``settings``, ``arch`` and ``scaling``::
       self: {choices: [0.01, 0.1], source: why these choices}
       feedback_every: {value: 1, source: why it is fixed}
     arch:
-      resnet50:            # replaces the entries that it names, for this network only
+      resnet50:            # replaces the entries that it names, for this network (at any width)
         decay: {min: 1e-4, max: 1e-1, scale: log, source: why it differs}
     scaling:
       normalized:          # replaces what it names where a trial's scaling is this one, for every network
@@ -46,7 +46,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, TrialConfig, UserError, unknown
+from bench.config import ACTIVITY_PRIMITIVES, PRIMITIVE_NAMES, Scaling, TrialConfig, UserError, base_arch, unknown
 from bench.files import read_yaml
 from bench.learning.rules import ANY, RULES, Rule, parse_rule
 from bench.space import PARAMETERS, SHAPES, UPDATE_FIELDS, Parameter, Space, parse_parameter
@@ -141,7 +141,9 @@ def _read(path: Path, rule: Rule, arch: str, row: SpaceRow) -> Space:
     scaling = settings.get("scaling", TrialConfig.scaling)
     if scaling in SECTIONS and scaling not in scalings:
         raise UserError(f"{path}: there are no ranges for scaling {scaling!r}; add a section scaling.{scaling}.")
-    space = Space({**base, **nets.get(arch, {}), **scalings.get(scaling, {})}, settings=settings)
+    space = Space(
+        {**base, **nets.get(arch, nets.get(base_arch(arch), {})), **scalings.get(scaling, {})}, settings=settings
+    )
     try:
         for corner in space.corners():
             TrialConfig.from_dict({"rule": rule.name, **settings, **space.changes(corner)})

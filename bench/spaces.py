@@ -119,13 +119,13 @@ def space_of(config: Mapping[str, Any]) -> str:
     return next(found, ", ".join(f"{name} {value}" for name, value in changed.items()))
 
 
-def recipe_in(space: Space, rule: str, recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a search in this space: the data set's, the space's settings, and what the user changed.
+def space_changes(space: Space, rule: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search in this space changes in the data set's recipe: the space's settings, and what the user changed.
 
-    Of the changes, those that have no effect on the rule are left out.
+    Of the latter, those that have no effect on the rule are left out.
     """
     idle = idle_settings(rule)
-    return {**recipe, **space.settings, **{name: value for name, value in changes.items() if name not in idle}}
+    return {**space.settings, **{name: value for name, value in changes.items() if name not in idle}}
 
 
 def moved_by_primitives(rule: str) -> bool:

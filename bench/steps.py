@@ -47,7 +47,11 @@ Way = Callable[[TrialConfig, ImageData, Tensor, Tensor], Contestant]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions(Strict):
-    """Under which steps are timed. ``fraction``: the share of a batch that B learns from, where its rule sees it."""
+    """Under which steps are timed.
+
+    ``fraction``: the share of a batch that B learns from, where its rule sees it. ``samples``: it learns from so many
+    noise patches instead; 0: from the batch.
+    """
 
     arch: str = "resnet18"
     rules: tuple[str, ...]
@@ -56,6 +60,7 @@ class Conditions(Strict):
     classes: int = 10
     precision: str = "auto"
     fraction: float = 1.0
+    samples: int = 0
     rounds: int = 11
 
     def __post_init__(self) -> None:
@@ -63,11 +68,15 @@ class Conditions(Strict):
         for name, low in (("batch_size", 1), ("image_size", 1), ("classes", 2), ("rounds", 4)):
             check_range("bench speed", name, getattr(self, name), low, 10**5)
         check_range("bench speed", "fraction", self.fraction, 0, 1, open_low=True)
+        check_range("bench speed", "samples", self.samples, 0, 10**6)
+        if self.samples and self.fraction != 1.0:
+            raise UserError("--samples and --fraction: B learns from noise or from a share of the batch; give one.")
 
     def config(self, rule: Rule) -> TrialConfig:
         return still(
             rule,
             fraction=self.fraction,
+            samples=self.samples,
             arch=self.arch,
             dataset="noise",
             batch_size=self.batch_size,
@@ -77,10 +86,11 @@ class Conditions(Strict):
         )
 
 
-def still(rule: Rule, *, fraction: float = 1.0, **fields: Any) -> TrialConfig:
+def still(rule: Rule, *, fraction: float = 1.0, samples: int = 0, **fields: Any) -> TrialConfig:
     """A run of the rule in which nothing gets far: times do not depend on the numbers, as long as they are finite."""
     primitives = () if rule.task_gradient else rule.primitives
-    seen = {"feedback_fraction": fraction} if rule.sees_activity else {}
+    noise = {"feedback_input": "normal", "feedback_samples": samples}
+    seen: dict[str, Any] = (noise if samples else {"feedback_fraction": fraction}) if rule.sees_activity else {}
     coefficients = dict.fromkeys(primitives, _COEFFICIENT)
     return TrialConfig.from_dict({**fields, **_STILL, **seen, "rule": rule.name, "coefficients": coefficients})
 
@@ -124,7 +134,7 @@ def measure(
         looked = {rule.name: _look(conditions.config(rule), data, x) for rule in rules}
     plain, _ = looked[REFERENCE]
     share = examples_seen(conditions.fraction, conditions.batch_size) / conditions.batch_size
-    floors = {rule.name: floor(looked[rule.name][0], plain, rule, share) for rule in rules}
+    floors = {rule.name: floor(looked[rule.name][0], plain, rule, share, conditions.samples) for rule in rules}
     kept = {rule.name: looked[rule.name][1] * (2 if rule.learns else 1) for rule in rules}
     if where.type == "cuda":  # the first backward pass of a process takes workspaces that stay: nobody's
         _ready(lambda: ours(conditions.config(rules[0]), data, x, labels), where)
@@ -230,8 +240,9 @@ def kept_by(trial: Trial) -> Iterable[Tensor]:
     """What a step finds: parameters and buffers, the optimizer's state. (Gradients are each step's own.)"""
     yield from trial.model.parameters()
     yield from trial.model.buffers()
-    for state in trial.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+    for optimizer in trial.optimizers:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _done(loss: Tensor) -> None:

@@ -21,7 +21,10 @@ from bench.statistics import estimate, versus
 UPDATES = {name: getattr(TrialConfig, name) for name in UPDATE_FIELDS if name != "lr"}
 
 #: What of a run is estimated over seeds, and what of it is compared with the reference.
-ESTIMATED = ("val_acc", "val_area", "test_acc", "test_top5", "test_area", "angle", "dx_angle", "train_seconds")
+ESTIMATED = (
+    *("val_acc", "val_area", "test_acc", "test_top5", "test_area"),
+    *("angle", "floor_angle", "dx_angle", "train_seconds"),
+)
 COMPARED = ("val_acc", "test_acc", "test_area")
 
 #: What a search for robustness measures, as its recipe says.
@@ -176,7 +179,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
         found["front_size"] = float(sum(e.get("front", False) for e in summary["confirmed"]))
     if summary["confirmed"]:
         best = summary["confirmed"][0]
-        for name in ("val_acc", "val_area", "test_acc", "test_area", "angle"):
+        for name in ("val_acc", "val_area", "test_acc", "test_area", "angle", "floor_angle", "dx_angle"):
             if best[name]:
                 found[name] = best[name]["mean"]
                 found[f"{name}_n"] = float(best[name]["n"])
@@ -188,15 +191,28 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-COLUMNS = ("rule", "coefficients", "val %", "test %", "n", "angle °", "seconds", f"test − {REFERENCE}, points [95 %]")
+COLUMNS = (
+    *("rule", "coefficients", "val %", "test %", "n"),
+    *("angle °", "dx angle °", "seconds", f"test − {REFERENCE}, points [95 %]"),
+)
+#: What the floor of an angle is (`bench.evaluators.alignment.floor_alignment`).
+FLOOR = "the angle at which B settles, whatever the coefficients and rates"
 #: Further columns of a search for robustness: areas, in % of accuracy.
 AREA_COLUMNS = ("val area", "test area", f"test area − {REFERENCE}, points [95 %]")
 
 
 def columns(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """The headings of `table_rows`."""
+    floor = bool(floor_words(summary))
     front = ("front",) if summary["objective"] == "both" else ()
-    return COLUMNS + (AREA_COLUMNS + front if summary["objective"] != "accuracy" else ())
+    areas = AREA_COLUMNS + front if summary["objective"] != "accuracy" else ()
+    return (*(f"{name} (floor)" if floor and name == "angle °" else name for name in COLUMNS), *areas)
+
+
+def floor_words(summary: Mapping[str, Any]) -> str:
+    """What a floor is, where a configuration has one."""
+    found = any(e["floor_angle"] for e in (*summary["confirmed"], *summary["controls"]))
+    return f"floor: {FLOOR}" if found else ""
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -221,7 +237,8 @@ def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
         spread(found["val_acc"], 100),
         spread(found["test_acc"], 100),
         ", ".join([str(len(found["seeds"])), *lost]),
-        spread(found["angle"], 1),
+        spread(found["angle"], 1) + (f" ({found['floor_angle']['mean']:.2f})" if found["floor_angle"] else ""),
+        spread(found["dx_angle"], 1),
         spread(found["train_seconds"], 1),
         _versus_cell(found, "test_acc"),
     )

@@ -45,10 +45,9 @@ def train(
 
         def report(epoch: int, metrics: Mapping[str, float]) -> None:
             tracker.report(uid, epoch, metrics)
-            angle = f"  angle {metrics['angle']:.1f}°" if "angle" in metrics else ""
             say(
                 f"epoch {epoch}/{config.epochs}  loss {metrics['train_loss']:.4f}  "
-                f"val {metrics['val_acc']:.2%}{angle}  {metrics['seconds']:.1f} s"
+                f"val {metrics['val_acc']:.2%}{_angles(metrics)}  {metrics['seconds']:.1f} s"
             )
 
         result = run_trial(
@@ -65,6 +64,13 @@ def train(
         if result.reason:
             say(f"{result.status}: {result.reason}")
     return filed
+
+
+def _angles(metrics: Mapping[str, float]) -> str:
+    """The mean angles that were measured; of W and B also what rule and activity allow."""
+    angle = f"  angle {metrics['angle']:.1f}°" if "angle" in metrics else ""
+    floor = f" (floor {metrics['floor_angle']:.1f}°)" if "floor_angle" in metrics else ""
+    return angle + floor + (f"  dx angle {metrics['dx_angle']:.1f}°" if "dx_angle" in metrics else "")
 
 
 def evaluate(
@@ -84,5 +90,5 @@ def evaluate(
     except Diverged as end:
         raise UserError(f"{checkpoint}: {end}; the network in it has diverged.") from end
     if trial.conversion.swapped:
-        metrics |= {name: value for name, value in alignment(trial).items() if math.isfinite(value)}
+        metrics |= {name: value for name, value in alignment(trial, floor=True).items() if math.isfinite(value)}
     return {"config": config.to_dict(), "epoch": state["epoch"], "split": split, "metrics": metrics}

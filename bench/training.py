@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.batch_norm import check_norms, share_norms
-from bench.config import TrialConfig, UserError, digest
+from bench.config import OPTIMIZER_SETTINGS, Schedule, TrialConfig, UserError, digest
 from bench.datasets import ImageData, load
 from bench.group import Group
 from bench.heap import keep_freed_memory
+from bench.learning.activity import Activity
 from bench.learning.convert import Conversion, convert
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.rules import Rule, parse_rule
-from bench.learning.scaling import check_scaling
 from bench.learning.switch import examples_seen
 from bench.models import build, required_image_size, resolve_stem
 from bench.noise import ADDED_UP, UpdateNoise
+from bench.optimizers import make_feedback_optimizer, make_optimizer
 from bench.stages import stage, waiting
 
 #: A mean training loss beyond this many times the loss of guessing is of no more use.
@@ -49,11 +50,15 @@ class Trial:
     data: ImageData
     device: torch.device
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     learner: FeedbackLearner
     conversion: Conversion
     bf16: bool
+    #: B's own, if it has one
+    feedback_optimizer: torch.optim.Optimizer | None = None
+    #: after the steps of W's optimizer; after those of B's own
     noise: UpdateNoise | None = None
+    feedback_noise: UpdateNoise | None = None
     group: Group | None = None
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -61,6 +66,11 @@ class Trial:
     made_by: list[dict[str, Any]] = field(default_factory=list)
     #: a fixed sample of the validation split, normalised, by which the angles are measured
     sample: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """W's optimizer, and B's own if it has one."""
+        return (self.optimizer,) if self.feedback_optimizer is None else (self.optimizer, self.feedback_optimizer)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -96,33 +106,71 @@ def prepare(
     data.steps("train", config.batch_size)
     if group is not None:
         group = _shares(config, group)
-    stem = resolve_stem(config.stem, arch=config.arch, image_size=data.image_size)
-    model = build(config.arch, classes=data.classes, channels=data.channels, stem=stem, seed=config.seed)
+    model = _network(config, data)
     conversion = convert(
         model,
         rule,
         coefficients,
-        scaling=config.scaling,
-        centered=config.centered,
+        activity=activity_of(config),
         seed=config.seed + 2**31,  # not the stream that drew W
     )
     if group is not None:
         share_norms(model, group)
     _move(model, where)
+    return _trial(config, data, where, model, conversion, bf16, group)
+
+
+def _trial(
+    config: TrialConfig,
+    data: ImageData,
+    where: torch.device,
+    model: nn.Module,
+    conversion: Conversion,
+    bf16: bool,
+    group: Group | None,
+) -> Trial:
+    """The network with what moves its weights, W and B, and the noise of their updates."""
     groups = parameter_groups(
         model, lr=config.lr, weight_decay=config.weight_decay, feedback_lr_factor=config.feedback_lr_factor
     )
-    for settings in groups:
+    own = [each for each in groups if each["name"] == "feedback" and config.feedback_optimizer != "shared"]
+    if own:
+        groups = [each for each in groups if each["name"] != "feedback"]
+    optimizer = make_optimizer(config, groups, where)
+    feedback_optimizer = make_feedback_optimizer(config, own) if own else None
+    learner = FeedbackLearner(
+        model, optimizer, group, feedback_optimizer=feedback_optimizer, fraction=config.feedback_fraction
+    )
+    trial = Trial(config, data, where, model, optimizer, learner, conversion, bf16, feedback_optimizer, group=group)
+    for settings in (each for known in trial.optimizers for each in known.param_groups):
         settings["full_lr"] = settings["lr"]
-    # fused: one pass over the weights instead of four, which at small batches is a sixth of a step on a CPU
-    optimizer = torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=where.type in ("cpu", "cuda")
+    if config.update_noise:
+        noisy = partial(UpdateNoise, sigma=config.update_noise)
+        if feedback_optimizer is None:
+            trial.noise = noisy(optimizer, on=config.update_noise_on)
+        else:
+            trial.noise = noisy(optimizer) if config.update_noise_on != "feedback" else None
+            trial.feedback_noise = noisy(feedback_optimizer) if config.update_noise_on != "forward" else None
+    return trial
+
+
+def activity_of(config: TrialConfig) -> Activity:
+    """What amp, null and sparse see in this configuration."""
+    return Activity(
+        input=config.feedback_input,
+        samples=config.feedback_samples,
+        scaling=config.scaling,
+        centered=config.centered,
+        stabilize=config.stabilize,
+        reversed_null=config.reversed_null,
     )
-    learner = FeedbackLearner(model, optimizer, group, fraction=config.feedback_fraction)
-    noise = (
-        UpdateNoise(optimizer, sigma=config.update_noise, on=config.update_noise_on) if config.update_noise else None
-    )
-    return Trial(config, data, where, model, optimizer, learner, conversion, bf16, noise, group)
+
+
+def _network(config: TrialConfig, data: ImageData) -> nn.Module:
+    size = data.image_size
+    stem = resolve_stem(config.stem, arch=config.arch, image_size=size)
+    shape = {"classes": data.classes, "channels": data.channels, "image_size": size}
+    return build(config.arch, **shape, stem=stem, seed=config.seed)
 
 
 def _move(model: nn.Module, where: torch.device) -> None:
@@ -155,6 +203,8 @@ def check_together(trial: Trial, workers: int) -> None:
 def _shares(config: TrialConfig, group: Group) -> Group:
     """The group, over a batch of this configuration; UserError if a process had no example of it, or none for B."""
     batch = config.batch_size // config.accumulate
+    if together := [name for name in config.stabilize if name.startswith("batch_")]:
+        raise UserError(f"{', '.join(together)} needs a whole batch in one process; leave out --workers-per-trial.")
     if (seen := examples_seen(config.feedback_fraction, batch)) < min(group.size, batch):
         raise UserError(
             f"with feedback_fraction = {config.feedback_fraction:g} B sees {seen} of a batch's {batch} examples, too "
@@ -170,7 +220,20 @@ def resolve_coefficients(config: TrialConfig, rule: Rule) -> dict[str, float]:
     as is a B that learns in other steps than W.
     """
     coefficients = dict(config.coefficients)
-    check_scaling(rule, config.scaling, config.centered)
+    activity_of(config).check(rule)
+    if rule.task_gradient and config.optimizer != "sgd":
+        raise UserError(
+            f"rule {rule.name!r} needs optimizer 'sgd', not {config.optimizer!r}: W and B draw together only if equal "
+            "gradients make equal steps; set optimizer=sgd."
+        )
+    if config.feedback_optimizer != "shared" and (not rule.learns or rule.task_gradient):
+        given = [name for name in OPTIMIZER_SETTINGS if getattr(config, name) != getattr(TrialConfig, name)]
+        why = "B must make the steps of W, or W and B do not draw together" if rule.learns else "its B does not learn"
+        raise UserError(f"{', '.join(given)}: rule {rule.name!r} has no optimizer of B's own: {why}; remove them.")
+    if config.coefficient_schedules and rule.task_gradient:
+        raise UserError(
+            f"rule {rule.name!r}: coefficient_schedules would untie B from W, whose decay is constant; remove them."
+        )
     if config.feedback_fraction != 1.0 and not rule.sees_activity:
         raise UserError(
             f"feedback_fraction has no effect in rule {rule.name!r}, whose feedback weights see no activity (amp, "
@@ -211,19 +274,34 @@ def pick_device(device: str) -> torch.device:
 
 
 def lr_factor(config: TrialConfig, progress: float) -> float:
-    """The learning rate after ``progress`` epochs, as a share of the full one.
+    """Return W's learning rate after ``progress`` epochs, as a share of the full one."""
+    return _lr_factor(config, config.schedule, config.warmup_epochs, progress)
 
-    Linear warm-up over ``warmup_epochs``; then cosine to 0 at the end, or times ``step_factor`` at each of
-    ``step_epochs``, or constant.
-    """
-    if progress < config.warmup_epochs:
-        return progress / config.warmup_epochs
-    if config.schedule == "cosine":
-        span = max(config.epochs - config.warmup_epochs, 1e-9)
-        return 0.5 * (1.0 + math.cos(math.pi * min((progress - config.warmup_epochs) / span, 1.0)))
-    if config.schedule == "step":
+
+def feedback_lr_factor(config: TrialConfig, progress: float) -> float:
+    """Return the learning rate of B's own optimizer after ``progress`` epochs, as a share of ``feedback_lr``."""
+    return _lr_factor(config, config.feedback_schedule, config.feedback_lr_warmup_epochs, progress)
+
+
+def _lr_factor(config: TrialConfig, schedule: Schedule, warmup: float, progress: float) -> float:
+    """Linear warm-up; then cosine to 0 at the end, or times ``step_factor`` at each of ``step_epochs``, or constant."""
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "cosine":
+        span = max(config.epochs - warmup, 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * min((progress - warmup) / span, 1.0)))
+    if schedule == "step":
         return config.step_factor ** sum(progress >= e for e in config.step_epochs)
     return 1.0
+
+
+def coefficients_at(config: TrialConfig, progress: float) -> dict[str, float]:
+    """Return the coefficients after ``progress`` epochs, by primitive."""
+    schedules = config.coefficient_schedules or {}
+    return {
+        name: schedules[name].value(c, progress, config.epochs) if name in schedules else c
+        for name, c in config.coefficients.items()
+    }
 
 
 def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
@@ -231,12 +309,13 @@ def update_levels(config: TrialConfig, steps: int) -> tuple[float, ...]:
 
     What σ does depends on the recipe: over a training the noise adds up, in a weight that nothing else moves, to
     N(0, σ²·v), v ← v·(1 − η·λ/(1 − μ))² + η² over all steps (η the learning rate, λ the weight decay, which goes
-    through the momentum μ). The levels are those at which σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
+    through SGD's momentum μ, and not through AdamW's or Muon's: there without 1 − μ). The levels are those at which
+    σ·√v is one of `bench.noise.ADDED_UP`, rounded to two digits.
     """
-    v = 0.0
+    v, gain = 0.0, 1 / (1 - config.momentum) if config.optimizer == "sgd" else 1.0
     for step in range(config.epochs * steps):
         lr = config.lr * lr_factor(config, (step + 0.5) / steps)
-        v = v * max(0.0, 1 - lr * config.weight_decay / (1 - config.momentum)) ** 2 + lr**2
+        v = v * max(0.0, 1 - lr * config.weight_decay * gain) ** 2 + lr**2
     return tuple(float(f"{size / math.sqrt(v):.2g}") for size in ADDED_UP)
 
 
@@ -256,30 +335,36 @@ def train_epoch(trial: Trial) -> dict[str, float]:
     Dropout and its like draw from (seed, epoch) alone, as the batches do; so does the noise in updates.
     """
     devices = [trial.device] if trial.device.type == "cuda" else []
-    if trial.noise is not None:
-        trial.noise.seed(int(digest(["update noise", trial.config.seed, trial.epoch]), 16) % 2**63)
+    for noise in (trial.noise, trial.feedback_noise):
+        if noise is not None:
+            noise.seed(int(digest(["update noise", trial.config.seed, trial.epoch]), 16) % 2**63)
+    trial.learner.seed(int(digest(["noise patches", trial.config.seed, trial.epoch]), 16) % 2**63)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(digest([trial.config.seed, trial.epoch]), 16) % 2**63)
         return _train_epoch(trial)
 
 
 def _train_epoch(trial: Trial) -> dict[str, float]:
-    config, model, optimizer, group = trial.config, trial.model, trial.optimizer, trial.group
+    config, model, group = trial.config, trial.model, trial.group
     steps = trial.data.steps("train", config.batch_size)
     model.train()
     total = torch.zeros((), device=trial.device)
     for index, (pixels, labels) in enumerate(waiting("data", _training_batches(trial))):
         progress = trial.epoch + index / steps
         weights_learn, trial.learner.on = who_learns(config, trial.epoch * steps + index, progress)
-        factor = lr_factor(config, trial.epoch + (index + 0.5) / steps)  # neither the first nor the last step is 0
-        for settings in optimizer.param_groups:
-            settings["lr"] = settings["full_lr"] * factor
+        middle = trial.epoch + (index + 0.5) / steps  # neither the first nor the last step is 0
+        factors = (lr_factor(config, middle), feedback_lr_factor(config, middle))
+        for optimizer, factor in zip(trial.optimizers, factors, strict=False):
+            for settings in optimizer.param_groups:
+                settings["lr"] = settings["full_lr"] * factor
+        if config.coefficient_schedules:
+            trial.learner.set_coefficients(coefficients_at(config, progress))
         total += train_step(trial, pixels, labels, weights_learn=weights_learn)
         if index % LOOK == LOOK - 1 or index == steps - 1:
             with stage("loss"):
                 whole = (total if group is None else group.sum(total)).item()
             _check(whole / (index + 1), trial)
-    return {"train_loss": whole / steps, "lr": config.lr * factor}
+    return {"train_loss": whole / steps, "lr": config.lr * factors[0]}
 
 
 def train_step(trial: Trial, pixels: Tensor, labels: Tensor, *, weights_learn: bool = True) -> Tensor:
@@ -310,6 +395,9 @@ def train_step(trial: Trial, pixels: Tensor, labels: Tensor, *, weights_learn: b
         optimizer.step()
         if trial.noise is not None:
             trial.noise.add()
+        trial.learner.step()
+        if trial.feedback_noise is not None:
+            trial.feedback_noise.add()
     return total
 
 

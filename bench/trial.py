@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from bench.checkpoint import (
 from bench.config import Status, TrialConfig, TrialResult, UserError
 from bench.curves import area
 from bench.evaluators.accuracy import BATCH, accuracy
-from bench.evaluators.alignment import error_alignment, weight_alignment
+from bench.evaluators.alignment import alignment as alignment_of
+from bench.evaluators.alignment import floor_alignment
 from bench.evaluators.robustness import noisy_accuracy
 from bench.group import Group
 from bench.provenance import code_of, older_code, provenance
@@ -33,8 +35,8 @@ from bench.training import Diverged, Trial, prepare, train_epoch
 #: (epoch, from 1; its metrics). It may raise to end the trial from outside.
 Report = Callable[[int, Mapping[str, float]], None]
 
-#: Examples in the batch by which the angles are measured.
-ANGLE_EXAMPLES = 64
+#: Examples in the batch by which the angles are measured, and in those by which their floor is (its sd then: 0.1°).
+ANGLE_EXAMPLES, FLOOR_EXAMPLES = 64, 256
 
 
 def run_trial(
@@ -284,9 +286,9 @@ def measure(trial: Trial) -> dict[str, float]:
     if _evaluates_noise(trial.config):
         metrics |= noise_area(trial, "val")
     if not trial.conversion.swapped:
-        return {**metrics, "angle": 0.0} if trial.config.measure_alignment else metrics
+        return {**metrics, "angle": 0.0, "dx_angle": 0.0} if trial.config.measure_alignment else metrics
     if trial.config.measure_alignment:
-        metrics |= alignment(trial)
+        metrics |= alignment(trial, floor=trial.epoch + 1 == trial.config.epochs)
     return {k: v for k, v in metrics.items() if math.isfinite(v)}
 
 
@@ -300,15 +302,30 @@ def _check_weights(model: nn.Module) -> None:
         raise Diverged(f"the {'feedback weight' if name.endswith('feedback') else 'weight'} {name} is {what}")
 
 
-def alignment(trial: Trial) -> dict[str, float]:
-    """The angles, by a fixed random sample of the validation split."""
+def alignment(trial: Trial, *, floor: bool) -> dict[str, float]:
+    """The angles, by a fixed random sample of the validation split; with ``floor`` also what they cannot go below."""
     if trial.sample is None:
         count = min(ANGLE_EXAMPLES, trial.data.sizes["val"])
         drawn = trial.data.batches("val", count, device=trial.device, seed=trial.config.split_seed)
         pixels, labels = next(drawn)
         trial.sample = trial.data.normalize(pixels), labels
     with stage("angles"):
-        return {**error_alignment(trial.model, *trial.sample), **weight_alignment(trial.model)}
+        return {**alignment_of(trial.model, *trial.sample), **(_floor(trial) if floor else {})}
+
+
+def _floor(trial: Trial) -> dict[str, float]:
+    """`floor_alignment` where amp sees the plain activations, by batches such as a further epoch would have."""
+    config, data = trial.config, trial.data
+    if config.feedback_input != "activations" or config.stabilize:
+        return {}
+    size = config.batch_size // config.accumulate
+    batches = data.batches(
+        "train", size, device=trial.device, seed=config.seed, epoch=config.epochs, augment=config.augment
+    )
+    several = islice(batches, max(2, FLOOR_EXAMPLES // size))
+    with torch.random.fork_rng([trial.device] if trial.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # dropout draws
+        return floor_alignment(trial.model, (data.normalize(pixels) for pixels, _ in several))
 
 
 def score(trial: Trial, split: str) -> dict[str, float]:
@@ -332,6 +349,7 @@ def save(trial: Trial, path: File) -> None:
         history=trial.history,
         model=trial.model,
         optimizer=trial.optimizer,
+        feedback_optimizer=trial.feedback_optimizer,
         code=[*older_code(trial.made_by), code_of(provenance("cpu"))],
     )
 
@@ -348,4 +366,6 @@ def resume(trial: Trial, path: File) -> None:
         raise UserError(f"{path} belongs to another configuration; remove it, or name another file.")
     load_weights(path, trial.model, state["model"])
     load_optimizer(path, trial.optimizer, state["optimizer"])
+    if trial.feedback_optimizer is not None:
+        load_optimizer(path, trial.feedback_optimizer, state["feedback_optimizer"])
     trial.epoch, trial.history, trial.made_by = state["epoch"], state["history"], state["code"]

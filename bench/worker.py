@@ -123,7 +123,7 @@ def failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     where = f"{Path(last.filename).name}:{last.lineno}, {last.line}"
     reason = " ".join(f"{type(error).__name__}: {error} ({where})".split())
     text = "".join(traceback.format_exception(error))
-    blame = "GPU memory" if _is_of_gpu_memory(error) else "memory" if _is_of_memory(error) else ""
+    blame = "GPU memory" if _is_of_gpu_memory(error) else "memory" if is_of_memory(error) else ""
     if fault := find_disk_error(error):
         blame, reason = "disk", str(fault)
     result = TrialResult(config=config, status="failed", reason=one_line(reason))  # a row takes half of no character
@@ -131,7 +131,7 @@ def failure(config: TrialConfig, error: BaseException) -> dict[str, Any]:
     return {"result": result.to_dict(), "where": where, "traceback": text, "blame": blame}
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def is_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory: Python's, numpy's and torch's own words for it, which share no class."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Small tensors on few cores: threads cost more than they give, and processes inherit all of this.
@@ -27,3 +28,9 @@ settings.load_profile("bench")
 for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _handler)
+
+
+@pytest.fixture(autouse=True)
+def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test finds does not depend on whether this CPU has bfloat16."""
+    monkeypatch.setattr("bench.place.cpu_has_bf16", lambda: False)

@@ -19,8 +19,8 @@ def idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def fashion_contents(train: int = 100, test: int = 20, side: int = 16) -> dict[str, bytes]:
-    """The four files of a set of this size: classes in turn, random pixels."""
+def idx_contents(train: int = 100, test: int = 20, side: int = 16) -> dict[str, bytes]:
+    """The four files of an MNIST or Fashion-MNIST of this size: classes in turn, random pixels."""
     rng = np.random.default_rng(0)
     contents = {}
     for prefix, n in (("train", train), ("t10k", test)):
@@ -29,9 +29,9 @@ def fashion_contents(train: int = 100, test: int = 20, side: int = 16) -> dict[s
     return contents
 
 
-def write_fashion(folder: Path, *, zipped: bool = False) -> Path:
+def write_idx(folder: Path, *, zipped: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in fashion_contents().items():
+    for name, content in idx_contents().items():
         (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
     return folder
 

@@ -120,8 +120,15 @@ def test_train_then_evaluate_then_train_from_a_file(folder: Path, capsys: pytest
     assert [json.loads(line)["uid"] for line in rows] == [trained["uid"]]
     assert main(["evaluate", "net.pt", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    for name in ("val_acc", "val_loss", "angle"):
+    for name in ("val_acc", "val_loss", "angle", "dx_angle", "floor_angle"):
         assert measured["metrics"][name] == pytest.approx(trained["metrics"][name], rel=1e-6)
+    assert main(["evaluate", "net.pt"]) == 0
+    said = capsys.readouterr().out
+    for name in ("angle °", "floor °", "dx angle °"):
+        assert name in said
+    layers = [name.removeprefix("angle/") for name in trained["metrics"] if name.startswith("angle/")]
+    for layer in layers:
+        assert f"{trained['metrics'][f'angle/{layer}']:.2f}" in said
     from bench.files import write_yaml
 
     write_yaml(folder / "again.yaml", trained["config"])

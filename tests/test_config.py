@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +206,9 @@ LOWEST_REFUSED = {
     "val_fraction": 0.0,
     "update_noise": -1e-9,
     "noise_draws": 0,
+    "feedback_samples": 0,
+    "feedback_momentum": -1e-9,
+    "feedback_lr_warmup_epochs": -1e-9,
 }
 HIGHEST_REFUSED = {
     "seed": 2**31,
@@ -214,6 +218,8 @@ HIGHEST_REFUSED = {
     "label_smoothing": 1.0,
     "val_fraction": 0.91,
     "noise_draws": 10_001,
+    "feedback_samples": 10**6 + 1,
+    "feedback_momentum": 1.0,
 }
 FLOATS = sorted(name for name, value in TrialConfig(rule="r", clip_norm=1.0).to_dict().items() if type(value) is float)
 
@@ -298,3 +304,13 @@ def test_a_digest_is_of_what_differs_from_the_defaults() -> None:
     config = TrialConfig(rule="sparse", coefficients={"sparse": 0.1}, epochs=3)
     assert config.identity() == {"rule": "sparse", "coefficients": {"sparse": 0.1}, "epochs": 3}
     assert TrialConfig.from_dict(config.identity()) == config
+
+
+def test_published_runs_keep_their_digests() -> None:
+    """A confirmation's uid ends in the digest of its configuration: a new field must not change an old name."""
+    published = Path(__file__).parents[1] / "results" / "published"
+    rows = [json.loads(line) for path in published.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    confirmed = [row for row in rows if "-confirm-" in row["uid"]]
+    assert len(confirmed) > 100
+    for row in confirmed:
+        assert row["uid"].endswith(TrialConfig.from_dict(row["config"]).digest()), row["uid"]

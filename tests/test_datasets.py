@@ -19,7 +19,7 @@ from bench.datasets.draws import ORDER, permutation
 from bench.datasets.memory import mean_and_std, resize
 from bench.datasets.raw import Request
 from bench.datasets.splits import cut, shares, take
-from dataset_files import cifar10_contents, cifar100_contents, write_fashion, write_files, write_folder
+from dataset_files import cifar10_contents, cifar100_contents, write_files, write_folder, write_idx
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,8 @@ def prepared(row: str, tmp_path: Path) -> tuple[str, Path | None]:
     """The name and the data_dir with which this row loads, from files written here."""
     if row == "digits":
         return row, None
-    if row == "fashion-mnist":
-        return row, write_fashion(tmp_path / row)
+    if row in ("mnist", "fashion-mnist"):
+        return row, write_idx(tmp_path / row)
     if row == "cifar10":
         return row, write_files(tmp_path / row, cifar10_contents())
     if row == "cifar100":
@@ -189,7 +189,8 @@ def test_shift_and_mirror_is_the_loop_over_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "margin", "flips"), [("digits", 1, False), ("fashion-mnist", 2, True), ("cifar10", 4, True)]
+    ("row", "margin", "flips"),
+    [("digits", 1, False), ("mnist", 2, False), ("fashion-mnist", 2, True), ("cifar10", 4, True)],
 )
 def test_augmented_batches_are_the_drawn_shifts_of_each_image(
     row: str, margin: int, flips: bool, tmp_path: Path

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from bench.cli import main
 from bench.config import TrialConfig, UserError
 from bench.group import Group
+from bench.learning.activity import Activity
 from bench.learning.convert import convert
 from bench.learning.layers import AsymmetricLayer, asymmetric_from, asymmetric_layers
 from bench.learning.learner import FeedbackLearner, parameter_groups
@@ -34,7 +35,7 @@ def layer_of(problem: Problem, rule: Rule, **how: Any) -> tuple[AsymmetricLayer,
         torch.manual_seed(5)
         x = torch.randn(4, *problem.input_shape[1:], dtype=torch.float64)
     coefficients = {name: EVERYTHING[name] for name in rule.primitives}
-    return asymmetric_from(layer, rule, coefficients, torch.Generator().manual_seed(3), **how), x
+    return asymmetric_from(layer, rule, coefficients, torch.Generator().manual_seed(3), activity=Activity(**how)), x
 
 
 def gradients(layer: AsymmetricLayer, x: Tensor, fraction: float) -> list[Tensor]:

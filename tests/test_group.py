@@ -17,6 +17,7 @@ from bench.datasets import load
 from bench.datasets.memory import MemorySource
 from bench.evaluators.accuracy import accuracy
 from bench.group import Group
+from bench.learning.activity import Activity
 from bench.learning.convert import convert
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.rules import parse_rule
@@ -63,7 +64,7 @@ def network(rule: str, scaling: Any, centered: bool) -> nn.Sequential:
             nn.Linear(8, 5),
         ).double()
     coefficients = {name: COEFFICIENTS[name] for name in parse_rule(rule).primitives}
-    convert(model, rule, coefficients, scaling=scaling, centered=centered, seed=5)
+    convert(model, rule, coefficients, activity=Activity(scaling=scaling, centered=centered), seed=5)
     return model
 
 

@@ -30,7 +30,7 @@ from dataset_files import (
     cifar10_contents,
     cifar100_contents,
     cifar_records,
-    fashion_contents,
+    idx_contents,
     write_files,
     write_folder,
 )
@@ -63,7 +63,7 @@ def load_all(name: str, folder: Path) -> None:
 
 # --- IDX
 
-FASHION = fashion_contents(train=30, test=10, side=4)
+FASHION = idx_contents(train=30, test=10, side=4)
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,8 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import models
-from bench.config import UserError
+from bench import models, networks
+from bench.cli import main
+from bench.config import UserError, study_name
+from bench.listing import listing
+from bench.place import Options
+from bench.recipes import RECIPES, recipe_of
+from bench.space_files import load_space
+from bench.transfer import TransferConfig, prepare_transfer
+from bench.verbs.common import BAD_INPUT, check_name
 
 # ---- settings and errors ----
 
@@ -40,14 +49,14 @@ def test_resolve_stem(stem: Any, arch: str, size: int, expected: str) -> None:
 
 @pytest.mark.parametrize("arch", ["lenet", "resnet20", "resnet56"])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_a_stem_without_effect_is_refused(arch: str, stem: models.Stem) -> None:
-    with pytest.raises(UserError, match=f"'{arch}' has its own stem: stem={stem} has no effect there; remove it"):
+def test_a_stem_without_effect_is_refused(arch: str, stem: networks.Stem) -> None:
+    with pytest.raises(UserError, match=f"'{arch}' has no choice of stem: stem={stem} has no effect; remove it"):
         models.resolve_stem(stem, arch=arch, image_size=32)
 
 
 @pytest.mark.parametrize("arch", ["lenet", "resnet20"])
 def test_a_stem_that_cannot_be_is_refused(arch: str) -> None:
-    with pytest.raises(UserError, match="has its own small stem and cannot have stem=imagenet"):
+    with pytest.raises(UserError, match="has no choice of stem and cannot have stem=imagenet"):
         models.build(arch, classes=2, stem="imagenet")
 
 
@@ -76,6 +85,131 @@ def test_an_unknown_name_lists_the_valid_ones(name: str) -> None:
 def test_the_nearest_name_is_offered() -> None:
     with pytest.raises(UserError, match="Did you mean 'resnet50v2'"):
         models.check_arch("resnet50_v2")
+
+
+# ---- perceptrons, and networks of another width ----
+
+
+@pytest.mark.parametrize("name", ["mlp:", "mlp:0", "mlp:x", "mlp:-5", "mlp:5-", "mlp:0512", "mlp:1e3", "mlp:1000000"])
+def test_hidden_layers_that_are_none(name: str) -> None:
+    with pytest.raises(UserError, match="name the units of each hidden layer, 1 to 999999, as in mlp:500") as caught:
+        models.check_arch(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_mlp_is_made_for_one_size_of_images() -> None:
+    assert models.required_image_size("mlp:500@0.5") is None
+    with pytest.raises(UserError, match="'mlp:500' is made for one size of images: give image_size"):
+        models.build("mlp:500", classes=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("resnet18@1", "resnet18"),
+        ("mlp:500@1.0", "mlp:500"),
+        ("resnet18@0.250", "resnet18@0.25"),
+        ("resnet18@.25", "resnet18@0.25"),
+        ("lenet@02", "lenet@2"),
+        ("lenet@2.", "lenet@2"),
+    ],
+)
+def test_a_width_is_written_in_one_way(given: str, written: str) -> None:
+    with pytest.raises(UserError, match=f"write '{re.escape(written)}', its one name"):
+        models.check_arch(given)
+    models.check_arch(written)
+
+
+@pytest.mark.parametrize("width", ["", ".", "x", "-1", "1e3", "1000", "inf", "0.5@2", "1/4", " 2", "\u0662"])
+def test_a_width_that_is_none(width: str) -> None:
+    with pytest.raises(UserError, match=r"the width is a factor below 1000, as in lenet@0\.25 or lenet@2"):
+        models.check_arch(f"lenet@{width}")
+
+
+@pytest.mark.parametrize(
+    ("least", "too_small"),
+    [
+        ("resnet18@0.0078125", "resnet18@0.0078"),
+        ("resnet50v2@0.0078125", "resnet50v2@0.0078"),
+        ("resnet20@0.03125", "resnet20@0.0312"),
+        ("lenet@0.084", "lenet@0.083"),
+        ("mlp:500-5@0.1", "mlp:500-5@0.09"),
+        ("mlp:500@0.001", "mlp:500@0"),
+    ],
+)
+def test_a_width_leaves_each_layer_a_channel(least: str, too_small: str) -> None:
+    with pytest.raises(UserError, match=r"leaves no channel of \d+; take a larger factor"):
+        models.check_arch(too_small)
+    with torch.device("meta"):
+        network = models.build(least, classes=2, stem=None, image_size=32)
+        assert network(torch.empty(2, 3, 32, 32)).shape == (2, 2)
+    assert min(p.shape[0] for p in network.parameters()) == 1
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_a_librarys_network_has_one_width(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    Library(monkeypatch, name)
+    with pytest.raises(UserError, match=f"the networks of {name} have one width; write '{name}:net_a'"):
+        models.check_arch(f"{name}:net_a@0.5")
+
+
+@pytest.mark.parametrize("arch", ["lenet@2", "resnet20@0.5", "mlp:500", "mlp:512-512@0.5"])
+def test_no_choice_of_stem_at_any_width(arch: str) -> None:
+    assert models.resolve_stem("auto", arch=arch, image_size=28) == "small"
+    with pytest.raises(UserError, match=f"'{arch}' has no choice of stem: stem=small has no effect"):
+        models.resolve_stem("small", arch=arch, image_size=28)
+
+
+def test_a_width_keeps_its_networks_stem_size_recipe_and_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.resolve_stem("auto", arch="resnet18@0.25", image_size=224) == "imagenet"
+    assert models.required_image_size("lenet@2") == 32
+    sgd = replace(RECIPES["digits"]["sgd"], archs={"lenet": {"lr": 0.5}})
+    monkeypatch.setitem(RECIPES, "digits", {"sgd": sgd})
+    assert recipe_of("digits", "lenet@2") == recipe_of("digits", "lenet")
+    assert recipe_of("digits", "lenet")["lr"] == 0.5
+    of = {arch: load_space("sparse", arch, space="reference") for arch in ("lenet@2", "lenet", "resnet18")}
+    assert of["lenet@2"] == of["lenet"] != of["resnet18"]
+
+
+def test_names_of_studies_differ_as_the_networks_do() -> None:
+    archs = ("resnet18", "resnet18@0.25", "mlp:512-2", "mlp:512@2", "mlp:5122", "mlp:512", "lenet@2")
+    names = [study_name("mirror", arch, "digits") for arch in archs]
+    assert names[1:4] == ["mirror-resnet18x0.25-digits", "mirror-mlp-512-2-digits", "mirror-mlp-512x2-digits"]
+    assert len(set(names)) == len(names)
+    assert [check_name(name) for name in names] == names
+    assert study_name("transfer-resnet18@0.25-to", "resnet18", "digits") == "transfer-resnet18x0.25-to-resnet18-digits"
+
+
+def test_the_list_shows_the_forms_of_names() -> None:
+    shown = [row["name"] for row in listing("networks")]
+    assert shown[-4:] == ["mlp:N[-N...]", "NAME@F", "torchvision:NAME", "timm:NAME"]
+
+
+@pytest.mark.parametrize("arch", ["resnet18@0.25", "mlp:20-10", "lenet@0.5"])
+def test_commands_take_these_names(arch: str, tmp_path: Path) -> None:
+    """Until the search is ready to run; and a transfer between two widths of one network."""
+    options = Options(results=tmp_path, concurrent=1)
+    budget = {"trials": 2, "epochs": 2}
+    config = TransferConfig(
+        name="t", rules=("symmetric",), source=arch, targets=("resnet20@0.25",), dataset="digits", configs=1, both=True
+    )
+    ready = prepare_transfer(config, given=budget, changes={}, options=options)
+    assert {wanted.arch for wanted in ready.searches} == {arch, "resnet20@0.25"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["train", "search"])
+def test_a_network_beyond_this_machines_memory_is_refused_in_one_line(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> nn.Module:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you asked for 9 bytes.\nmore")
+
+    monkeypatch.setattr("bench.training.build", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "--rule", "backprop", "--arch", "lenet@999"]) == BAD_INPUT
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"bench: too little memory \(.*9 bytes.*\); take a smaller network, width, .*", said)
 
 
 # ---- the libraries, played by stand-ins where they are absent ----
@@ -132,9 +266,9 @@ def test_a_librarys_network_has_its_own_stem(monkeypatch: pytest.MonkeyPatch, na
     Library(monkeypatch, name)
     assert models.resolve_stem("auto", arch=f"{name}:net_a", image_size=8) == "imagenet"
     for stem in ("small", "imagenet"):
-        with pytest.raises(UserError, match=f"stem={stem} has no effect there"):
+        with pytest.raises(UserError, match=f"stem={stem} has no effect"):
             models.resolve_stem(stem, arch=f"{name}:net_a", image_size=8)
-    with pytest.raises(UserError, match="own imagenet stem and cannot have stem=small"):
+    with pytest.raises(UserError, match="no choice of stem and cannot have stem=small"):
         models.build(f"{name}:net_a", classes=2, stem="small")
 
 

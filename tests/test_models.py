@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import models
+from bench import models, networks
+from bench.learning.convert import convert
+from bench.learning.layers import asymmetric_layers
 
 SMALL = ("resnet18", "resnet34", "resnet50", "resnet18v2", "resnet34v2", "resnet50v2", "resnet20", "resnet56", "lenet")
 DEEP = ("resnet101", "resnet152", "resnet101v2", "resnet152v2")
@@ -144,7 +147,7 @@ def test_smallest_images_and_one_channel(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", DEEP)
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_deep_networks_have_their_shape(arch: str, stem: models.Stem) -> None:
+def test_deep_networks_have_their_shape(arch: str, stem: networks.Stem) -> None:
     with torch.device("meta"):
         network = build(arch, classes=11, channels=2, stem=stem)
         assert network(torch.empty(2, 2, 8, 8)).shape == (2, 11)
@@ -163,7 +166,7 @@ def sizes_after(network: Any, names: tuple[str, ...], size: int) -> list[tuple[i
 
 @pytest.mark.parametrize("arch", ["resnet50", "resnet50v2"])
 @pytest.mark.parametrize(("stem", "size", "expected"), [("imagenet", 224, (112, 56, 7)), ("small", 32, (32, 32, 4))])
-def test_stem_geometry(arch: str, stem: models.Stem, size: int, expected: tuple[int, ...]) -> None:
+def test_stem_geometry(arch: str, stem: networks.Stem, size: int, expected: tuple[int, ...]) -> None:
     with torch.device("meta"):
         network = build(arch, classes=2, stem=stem)
     after_stem, after_first, after_last = expected
@@ -189,19 +192,101 @@ def test_cifar_resnets_have_their_depth_and_parameter_free_shortcuts(arch: str, 
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     assert len(layers_of(network)) == layers
     assert {m.kernel_size for m in convolutions} == {(3, 3)}
-    assert sum(isinstance(m, models.PadShortcut) for m in network.modules()) == 2
+    assert sum(isinstance(m, networks.PadShortcut) for m in network.modules()) == 2
     assert sizes_after(network, ("layer1", "layer2", "layer3"), 32) == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
 def test_option_a_shortcut_by_hand() -> None:
     x = torch.arange(1.0, 19.0).reshape(1, 2, 3, 3)
     expected = torch.tensor([[[1.0, 3.0], [7.0, 9.0]], [[10.0, 12.0], [16.0, 18.0]], [[0.0] * 2] * 2, [[0.0] * 2] * 2])
-    assert torch.equal(models.PadShortcut(2, 4, 2)(x), expected[None])
+    assert torch.equal(networks.PadShortcut(2, 4, 2)(x), expected[None])
 
 
 def test_lenet_layers() -> None:
     shapes = [tuple(m.weight.shape) for m in layers_of(build_small("lenet", classes=10, channels=1))]
     assert shapes == [(6, 1, 5, 5), (16, 6, 5, 5), (120, 16, 5, 5), (84, 120), (10, 84)]
+
+
+# ---- perceptrons ----
+
+
+def test_mlp_layers_and_outputs_by_hand() -> None:
+    network = build("mlp:7-4", classes=3, channels=2, image_size=5).double()
+    layers = layers_of(network)
+    assert [(m.in_features, m.out_features, m.bias is not None) for m in layers] == [
+        (50, 7, True),
+        (7, 4, True),
+        (4, 3, True),
+    ]
+    x = torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h = x.reshape(6, 50)
+    for i, layer in enumerate(layers):
+        h = h @ layer.weight.T + layer.bias
+        h = h.clamp(min=0) if i < 2 else h
+    torch.testing.assert_close(network(x), h)
+
+
+def test_mlp_begins_as_torchs_linear_layers_do() -> None:
+    network = build("mlp:30", classes=10, channels=1, image_size=28, seed=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        expected = [nn.Linear(784, 30), nn.Linear(30, 10)]
+    for mine, theirs in zip(layers_of(network), expected, strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+        assert torch.equal(mine.bias, theirs.bias)
+
+
+@pytest.mark.parametrize("arch", ["mlp:500", "mlp:512-512", "lenet@0.5", "resnet18@0.03125"])
+def test_converted_networks_keep_their_outputs_and_with_b_of_w_their_gradient(arch: str) -> None:
+    """All layers are swapped; with B = W they are backprop."""
+    plain = build(arch, stem=None if arch != "resnet18@0.03125" else "small", image_size=32, channels=1).double()
+    swapped = copy.deepcopy(plain)
+    report = convert(swapped, "feedback")
+    assert len(report.swapped) == len(layers_of(plain))
+    assert report.kept == {}
+    with torch.no_grad():
+        for layer in asymmetric_layers(swapped).values():
+            assert layer.feedback is not None
+            layer.feedback.copy_(layer.weight)
+    x = torch.randn(4, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for network in (plain, swapped):
+        F.cross_entropy(network(x), torch.arange(4)).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(swapped(x), plain(x))
+    theirs = dict(swapped.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(theirs[name].grad, parameter.grad)
+
+
+# ---- widths ----
+
+
+def widths_of(arch: str, **options: Any) -> list[int]:
+    """The outputs of every convolution, norm and linear layer but the last, whose outputs are classes."""
+    with torch.device("meta"):
+        network = build(arch, image_size=32, **options)
+    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+    return [m.weight.shape[0] for m in network.modules() if isinstance(m, kinds)][:-1]
+
+
+@pytest.mark.parametrize("factor", ["0.25", "0.3", "0.1", "2", "1.75"])
+@pytest.mark.parametrize("arch", [*SMALL, "mlp:500-33"])
+def test_a_width_multiplies_every_number_of_channels(arch: str, factor: str) -> None:
+    exact = Decimal(factor)
+    expected = [int((exact * n).quantize(Decimal(1), ROUND_HALF_UP)) for n in widths_of(arch)]
+    assert widths_of(f"{arch}@{factor}") == expected
+    with torch.device("meta"):
+        size = picture_size(arch)
+        network = build(f"{arch}@{factor}", channels=1, image_size=size)
+        assert network(torch.empty(2, 1, size, size)).shape == (2, 5)
+
+
+def test_known_widths() -> None:
+    assert widths_of("lenet@2") == [12, 32, 240, 168]
+    assert widths_of("lenet@0.25") == [2, 4, 30, 21]  # 6/4 is a half: rounded up
+    assert widths_of("mlp:512@0.5") == [256]
+    assert sorted(set(widths_of("resnet18@0.25"))) == [16, 32, 64, 128]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build("resnet18@0.25", classes=10, stem="small").parameters()) == 701_466
 
 
 # ---- what asymmetric layers rely on ----
@@ -306,7 +391,7 @@ def test_preactivation_against_the_paper_written_down(arch: str, depths: tuple[i
 def test_exactly_the_last_norm_of_each_block_starts_at_zero(arch: str) -> None:
     network = build_small(arch)
     zero = {name for name, p in network.named_parameters() if name.endswith("weight") and not p.any()}
-    blocks = {name for name, m in network.named_modules() if isinstance(m, (models.BasicBlock, models.Bottleneck))}
+    blocks = {name for name, m in network.named_modules() if isinstance(m, (networks.BasicBlock, networks.Bottleneck))}
     last = "bn3" if arch == "resnet50" else "bn2"
     assert zero == {f"{name}.{last}.weight" for name in blocks}
 

@@ -346,10 +346,37 @@ def test_the_angle_is_the_mean_over_seeds_layer_by_layer() -> None:
 
 
 def test_the_mean_angle_has_its_spread() -> None:
-    shown = figure(page_of(), "Mean angle")
+    shown = figure(page_of(), "Mean angle between W and B")
     assert trace(shown, "symmetric")["y"] == [52.5, 22.5]
     assert [line[3] for line in shown.rows] == pytest.approx([0.75 * 20 / 2**0.5] * 2)
     assert [line[6] for line in shown.rows] == [2, 2]
+
+
+def test_the_floor_stands_beside_the_angle() -> None:
+    floors = {"floor_angle": 50.0, "floor_angle/first": 60.0, "floor_angle/last": 40.0}
+    confirmed = [again(1000 + i, 0.5, angles=(80.0, 70.0)) for i in range(2)]
+    for run in confirmed:
+        run["metrics"] |= {"angle": 52.5, **floors}
+    page = page_of(confirmed=confirmed)
+    layers = figure(page, "Angle between W and B, per layer")
+    assert [line[5] for line in layers.rows] == [60.0, 40.0, 60.0, 40.0]
+    assert "floor 60.0°" in layers.plot["data"][0]["text"][0][0]
+    means = figure(page, "Mean angle between W and B")
+    assert trace(means, "symmetric: floor")["y"] == [50.0, 50.0]
+    assert {line[7] for line in means.rows} == {50.0}
+    (table,) = (p for s in page.sections for p in s.parts if p.title.startswith("Confirmed configurations"))
+    assert "angle ° (floor)" in table.columns
+    assert "52.50 ± 0.00 (50.00)" in table.rows[0]
+    assert any("floor: the angle at which B settles" in note for note in table.notes)
+
+
+def test_the_angle_of_the_errors_sent_has_a_figure_of_its_own() -> None:
+    title = "Mean angle between the errors sent"
+    confirmed = [again(1000, 0.5, angles=(80.0, 70.0))]
+    assert "no angle" in reason(page_of(confirmed=confirmed), title)
+    for at, value in zip(confirmed[0]["history"], (85.0, 30.0), strict=True):
+        at["dx_angle"] = value
+    assert trace(figure(page_of(confirmed=confirmed), title), "symmetric")["y"] == [85.0, 30.0]
 
 
 def test_an_angle_beyond_ninety_is_on_the_scale() -> None:

@@ -14,6 +14,7 @@ from bench.cli import _parser, main
 from bench.config import TrialConfig, UserError
 from bench.files import write_yaml
 from bench.noise import CORRUPTION_SEVERITIES, SITES
+from bench.place import Options
 from bench.robustness_plan import Plan, RobustnessConfig, rules_of
 from bench.verbs.common import BAD_INPUT
 from bench.verbs.robustness import _levels
@@ -219,7 +220,7 @@ def best(tmp_path: Path) -> Callable[..., Path]:
 
 
 def found(tmp_path: Path, names: str = "", **more: Any) -> dict[str, TrialConfig]:
-    return rules_of([n for n in names.split(",") if n], **{"changes": {}, "results": tmp_path, **more})
+    return rules_of([n for n in names.split(",") if n], **{"changes": {}, "options": Options(results=tmp_path), **more})
 
 
 def test_a_rule_without_coefficients_and_without_a_study_names_the_remedy(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bench.config import StudyConfig, TrialConfig, TrialResult
 from bench.rows import Row, row
-from bench.summary import headline, summarize, table_rows
+from bench.summary import columns, floor_words, headline, summarize, table_rows
 
 STUDY = StudyConfig(name="s", rule="symmetric", arch="resnet20", dataset="digits", epochs=3)
 
@@ -57,6 +57,24 @@ def test_diverged_and_failed_runs_are_counted_and_shown() -> None:
     cells = table_rows(found)[0]
     assert "1 diverged, 1 failed" in cells[4]
     assert cells[2] == "50.00 ± 56.57"
+
+
+def test_the_floor_is_beside_the_angle_where_there_is_one() -> None:
+    rows = [run("mirror", s, 0.9, 0.8, decay=1.0, amp=1.0) for s in (1, 2)]
+    plain = summarize(STUDY, rows, rows, [])
+    assert columns(plain)[5:7] == ("angle °", "dx angle °")
+    assert table_rows(plain)[0][5:7] == ("10.00 ± 0.00", "–")
+    assert floor_words(plain) == ""
+    for one, floor in zip(rows, (7.0, 8.0), strict=True):
+        one["metrics"] |= {"floor_angle": floor, "dx_angle": 20.0}
+    found = summarize(STUDY, rows, rows, [run("backprop", s, 0.9, 0.9) for s in (1, 2)])
+    assert columns(found)[5:7] == ("angle ° (floor)", "dx angle °")
+    assert [cells[5:7] for cells in table_rows(found)] == [
+        ("10.00 ± 0.00 (7.50)", "20.00 ± 0.00"),
+        ("10.00 ± 0.00", "–"),
+    ]
+    assert all(len(cells) == len(columns(found)) for cells in table_rows(found))
+    assert headline(found)["floor_angle"] == 7.5
 
 
 def test_the_headline_has_the_numbers_of_the_first_and_their_n() -> None:

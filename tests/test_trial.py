@@ -294,11 +294,38 @@ def test_dropout_draws_from_the_seed_and_the_epoch_alone() -> None:
 
 def test_angles_are_measured_by_a_fixed_mixture_of_the_classes() -> None:
     trial = prepare(small())
-    alignment(trial)
+    alignment(trial, floor=False)
     first = trial.sample[1].clone()
-    alignment(trial)
+    alignment(trial, floor=False)
     assert torch.equal(trial.sample[1], first)
     assert len(first.unique()) > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "floor"),
+    [
+        ({}, True),
+        ({"centered": True}, True),
+        ({"feedback_input": "normal"}, False),
+        ({"rule": "information", "coefficients": {"amp": 1e-4, "null": 1e-6, "decay": 0.1}}, False),
+        ({"measure_alignment": False}, False),
+    ],
+)
+def test_the_floor_is_known_at_the_last_epoch_where_amp_sees_activations(changes: dict[str, Any], floor: bool) -> None:
+    mirror = {"rule": "mirror", "coefficients": {"amp": 1e-4, "decay": 0.1}, "arch": "lenet"}
+    result = run_trial(small(**{**mirror, **changes}))
+    assert ("floor_angle" in result.metrics) == floor
+    assert "floor_angle" not in result.history[0]
+    if floor:
+        layers = {name.removeprefix("angle/") for name in result.metrics if name.startswith("angle/")}
+        floors = {name.removeprefix("floor_angle/"): v for name, v in result.metrics.items() if "floor_angle/" in name}
+        assert len(floors) == len(layers) - 1  # the first layer sends nothing
+        assert all(0 < value < 90 for value in floors.values())
+
+
+def test_backprop_has_no_angle_to_speak_of() -> None:
+    metrics = run_trial(small(rule="backprop", arch="lenet", epochs=1)).metrics
+    assert metrics["angle"] == metrics["dx_angle"] == 0
 
 
 def test_bf16_trains_too() -> None:

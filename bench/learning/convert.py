@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bench.config import Scaling, UserError
+from bench.config import UserError
+from bench.learning.activity import Activity
 from bench.learning.layers import AsymmetricLayer, asymmetric_from, check_coefficients, conv_maps
 from bench.learning.rules import Rule, parse_rule
-from bench.learning.scaling import check_scaling
 
 _CANDIDATES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 
@@ -34,8 +34,7 @@ def convert(
     rule: Rule | str,
     coefficients: Mapping[str, float] | None = None,
     *,
-    scaling: Scaling = "reference",
-    centered: bool = False,
+    activity: Activity | None = None,
     seed: int = 0,
 ) -> Conversion:
     """Replace, in place, every Conv2d and Linear of exactly that type by its asymmetric layer.
@@ -44,13 +43,14 @@ def convert(
     several places stays one module, and B is drawn from ``seed``: W's entries in random order. ``backprop``
     swaps nothing, because its B is W; ``frozen`` stops all parameters but those of the last layer.
 
-    ``scaling``, ``centered``: what B's gradient sees of the layers' activity (`bench.learning.scaling`).
+    ``activity``: what B's gradient sees; None: the batch's activations (`bench.learning.activity`).
 
     UserError if the rule and the rest do not fit, or if nothing could be swapped.
     """
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     coefficients = check_coefficients(rule, coefficients or {})
-    check_scaling(rule, scaling, centered)
+    activity = activity or Activity()
+    activity.check(rule)
     report = Conversion(rule)
     if rule.feedback == "weight":
         _keep_all(model, report)
@@ -70,7 +70,7 @@ def convert(
                 continue
             if child not in made:
                 assert isinstance(child, (nn.Linear, nn.Conv2d))
-                made[child] = asymmetric_from(child, rule, coefficients, generator, scaling=scaling, centered=centered)
+                made[child] = asymmetric_from(child, rule, coefficients, generator, activity=activity)
             setattr(parent, child_name, made[child])
             report.swapped.append(name)
     for name, module in model.named_modules():

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bench.config import Scaling, UserError
+from bench.config import UserError
+from bench.learning.activity import Activity, energy_gradient
+from bench.learning.activity import centered as without_mean
 from bench.learning.ops import ConvMaps, LinearMaps, Maps
 from bench.learning.primitives import activity_gradient, needs_z, sees_batch
 from bench.learning.rules import Rule
-from bench.learning.scaling import centered as without_mean
-from bench.learning.scaling import check_scaling
 from bench.learning.switch import Switch
 
 
@@ -35,19 +35,13 @@ class FeedbackState:
     a saliency map) is no training. Until then what it brought is ``fresh``; ``begun`` says that it has come by,
     ``first`` that it found no gradient in W, ``last_pass`` which one it was. ``stepped``: none came since the last
     step. ``sends``: whether anybody needed dx, as far as is known. ``exact``: send the true gradient. ``switch``:
-    None until a learner takes the layer, and in a copy of the network. ``scaling``, ``centered``: what the primitives
-    see of the activity (`bench.learning.scaling`).
+    None until a learner takes the layer, and in a copy of the network. ``activity``: what the primitives see.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        coefficients: Mapping[str, float],
-        scaling: Scaling = "reference",
-        centered: bool = False,
-    ) -> None:
-        check_scaling(rule, scaling, centered)
-        self.rule, self.scaling, self.centered = rule, scaling, centered
+    def __init__(self, rule: Rule, coefficients: Mapping[str, float], activity: Activity | None = None) -> None:
+        self.activity = activity or Activity()
+        self.activity.check(rule)
+        self.rule = rule
         self.coefficients = check_coefficients(rule, coefficients)
         self.exact = False
         self.switch: Switch | None = None
@@ -83,7 +77,12 @@ class FeedbackState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeedbackState:
         # a copy's B is in no optimizer
-        return FeedbackState(self.rule, self.coefficients, self.scaling, self.centered)
+        return FeedbackState(self.rule, self.coefficients, self.activity)
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether B's gradient needs the batch's activations."""
+        return sees_batch(self.coefficients) and not self.activity.is_noise
 
 
 def check_coefficients(rule: Rule, coefficients: Mapping[str, float]) -> dict[str, float]:
@@ -114,7 +113,7 @@ class _Asymmetric(torch.autograd.Function):
         # z is y less the bias. Held by reference, not through save_for_backward: the next layer may
         # overwrite y in place, which is legal for a plain layer; then z is computed again.
         learns = layer.training and state.rule.learns and ctx.needs_input_grad[0]
-        ctx.y = y.detach() if learns and needs_z(state.coefficients) else None
+        ctx.y = y.detach() if learns and state.reads_batch and needs_z(state.coefficients) else None
         ctx.version = y._version if ctx.y is not None else None
         return y
 
@@ -152,23 +151,35 @@ def _collect(ctx: Any, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> 
     if not state.switch.on or not len(x):
         return
     _begin(layer)
-    if sees_batch(state.coefficients):
+    if state.reads_batch:
         if x.dtype == torch.float16:
             raise RuntimeError(
                 "float16 cannot hold the gradient of B: sums overflow and small coefficients vanish, and no loss scale "
                 "reaches it. Use bfloat16."
             )
-        x, group = state.switch.seen(x)
-        z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
-        normalized = state.scaling == "normalized"
-        if state.centered:
-            x, z = without_mean(layer.maps, x, z, W, group)
-        grad = activity_gradient(layer.maps, state.coefficients, x, z, B, normalized=normalized, group=group)
+        grad = _activity_gradient(ctx, layer, x, W, B, bias)
         # in B's own layout: a fused optimizer reads memory as it lies
         same = grad.dtype == W.dtype and grad.stride() == W.stride()
         state.add(grad if same else torch.empty_like(W).copy_(grad))
     if not W.requires_grad:  # nothing will come to W that could commit it
         state.commit()
+
+
+def _activity_gradient(
+    ctx: Any, layer: AsymmetricLayer, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None
+) -> Tensor:
+    """This batch's gradient of B from the primitives that see it."""
+    state, activity = layer.state, layer.state.activity
+    assert state.switch is not None
+    x, group = state.switch.seen(x)
+    if activity.has_own_energies:
+        n = len(x) if group is None else len(x) / group.share
+        return energy_gradient(layer.maps, activity, state.coefficients, x, W, B, n)
+    z = _reuse_z(ctx, x, W, bias) if needs_z(state.coefficients) else None
+    if activity.centered:
+        x, z = without_mean(layer.maps, x, z, W, group)
+    normalized = activity.scaling == "normalized"
+    return activity_gradient(layer.maps, state.coefficients, x, z, B, normalized=normalized, group=group)
 
 
 def _begin(layer: AsymmetricLayer) -> None:
@@ -177,6 +188,8 @@ def _begin(layer: AsymmetricLayer) -> None:
     if this_pass == state.last_pass:
         return
     state.drop_fresh()
+    if layer.feedback is not None:
+        layer.feedback.grad = None  # of the last step: clipping by the norm of all gradients must not see it
     if state.stepped and layer.weight.grad is not None:
         raise RuntimeError(
             "the gradients of the last step are still there: call optimizer.zero_grad(set_to_none=True) after each "
@@ -255,14 +268,13 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
         *,
         rule: Rule,
         coefficients: Mapping[str, float] | None = None,
-        scaling: Scaling = "reference",
-        centered: bool = False,
+        activity: Activity | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._equip(LinearMaps(), FeedbackState(rule, coefficients or {}, scaling, centered), generator)
+        self._equip(LinearMaps(), FeedbackState(rule, coefficients or {}, activity), generator)
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x·Wᵀ + b; an input (in,) without a batch is a batch of one."""
@@ -289,8 +301,7 @@ class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
         *,
         rule: Rule,
         coefficients: Mapping[str, float] | None = None,
-        scaling: Scaling = "reference",
-        centered: bool = False,
+        activity: Activity | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -309,7 +320,7 @@ class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        self._equip(conv_maps(self), FeedbackState(rule, coefficients or {}, scaling, centered), generator)
+        self._equip(conv_maps(self), FeedbackState(rule, coefficients or {}, activity), generator)
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution; an input (in, h, w) without a batch is a batch of one."""
@@ -339,8 +350,7 @@ def asymmetric_from(
     coefficients: Mapping[str, float],
     generator: torch.Generator | None,
     *,
-    scaling: Scaling = "reference",
-    centered: bool = False,
+    activity: Activity | None = None,
 ) -> AsymmetricLinear | AsymmetricConv2d:
     """The asymmetric layer that can take this one's place, with the same parameter objects."""
     kind: type[AsymmetricLinear | AsymmetricConv2d]
@@ -350,7 +360,7 @@ def asymmetric_from(
     new = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)
     new.__dict__.update(_parameters=dict(layer._parameters), _buffers=dict(layer._buffers))
-    new._equip(maps, FeedbackState(rule, coefficients, scaling, centered), generator)
+    new._equip(maps, FeedbackState(rule, coefficients, activity), generator)
     return new
 
 

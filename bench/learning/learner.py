@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,21 +13,26 @@ from torch.utils.hooks import RemovableHandle
 
 from bench.config import UserError
 from bench.group import Group
-from bench.learning.layers import AsymmetricLayer, asymmetric_layers
+from bench.learning.activity import noise_gradient, noise_patches
+from bench.learning.layers import AsymmetricLayer, asymmetric_layers, check_coefficients
 from bench.learning.primitives import sees_batch
 from bench.learning.switch import Switch
 
 
 class FeedbackLearner:
-    """Sets B.grad just before the optimizer's step, so that nothing meant for the loss's gradients touches it.
+    """Gives B its gradient when it is due, so that nothing meant for the loss's gradients touches it.
+
+    B is moved by W's optimizer, together with W and from the W before the step; or, with ``feedback_optimizer``, by
+    that one, when `step` is called after the step of W: then ``self`` and noise patches see the new W. (A B that
+    follows W one step late makes a network without norms diverge.) That optimizer holds the feedback weights alone.
 
     ``B.grad = mean over the accumulated batches of the activity gradient + decay·B − self·W``, and for
     ``kolen-pollack`` + W.grad as it then is: accumulated, unscaled and clipped as W's own. Layers whose
     backward pass did not ask for B (evaluation, ``on`` false, the first layer) get no gradient and are not
     stepped.
 
-    The feedback weights must be in the optimizer, in groups without weight decay (a rule's own decay is its
-    ``decay``); UserError otherwise. Under DistributedDataParallel give the wrapped model: the mean is then
+    The feedback weights must be in the optimizer that moves them, in groups without weight decay (a rule's own decay is
+    its ``decay``); UserError otherwise. Under DistributedDataParallel give the wrapped model: the mean is then
     also taken over the ranks, each counting as one batch. With ``group`` each batch is divided among its processes, and
     what the layers collect is of the whole; give the bare model, whose other gradients are for the caller to add up
     before the step. RuntimeError at the step where a GradScaler would divide B's gradient too (a
@@ -38,6 +44,8 @@ class FeedbackLearner:
     as much less. In a shuffled batch these are a random sample, so that (with scaling ``reference``, not centred) B's
     gradient has the whole batch's as its expectation; the other scalings see a batch of that size. ValueError for a
     share outside (0, 1].
+
+    ``seed``: of the noise patches, where B learns from noise (`bench.learning.activity`); see `seed`.
     """
 
     def __init__(
@@ -46,19 +54,24 @@ class FeedbackLearner:
         optimizer: torch.optim.Optimizer,
         group: Group | None = None,
         *,
+        feedback_optimizer: torch.optim.Optimizer | None = None,
         fraction: float = 1.0,
+        seed: int = 0,
     ) -> None:
         if not 0.0 < fraction <= 1.0:
             raise ValueError(f"fraction = {fraction} is out of range; it must lie in (0, 1].")
         self._ddp = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._layers = [m for m in asymmetric_layers(model).values() if m.state.rule.learns]
-        _check_optimizer(self._layers, optimizer)
-        self._group = group
+        self._own = feedback_optimizer
+        _check_optimizer(self._layers, optimizer, feedback_optimizer)
+        self._group, self._due = group, False
+        self._generator = torch.Generator()
+        self.seed(seed)
         if group is None and self._ddp is None and distributed.is_available() and distributed.is_initialized():
             raise UserError("several processes train together: give FeedbackLearner the DDP-wrapped model, or a group.")
         for switch in {id(s): s for layer in self._layers if (s := layer.state.switch) is not None}.values():
             switch.release()  # two learners would undo each other's work
-        hooks = [optimizer.register_step_pre_hook(self._deliver)]
+        hooks = [optimizer.register_step_pre_hook(self._before_step)]
         hooks += [_commit_with(layer) for layer in self._layers if layer.weight.requires_grad]
 
         def release() -> None:
@@ -79,12 +92,32 @@ class FeedbackLearner:
     def on(self, value: bool) -> None:
         self._switch.on = value
 
+    def set_coefficients(self, coefficients: Mapping[str, float]) -> None:
+        """Take these coefficients from here on; UserError unless they are those of the rule's primitives."""
+        for layer in self._layers:
+            layer.state.coefficients = check_coefficients(layer.state.rule, coefficients)
+
+    def seed(self, seed: int) -> None:
+        """Start the noise patches anew: the same seed, the same patches in each layer and step from here on."""
+        self._generator.manual_seed(seed)
+
     def discard(self) -> None:
         """Forget what was collected since the last step, as zero_grad does for the loss's gradients."""
         for layer in self._layers:
             layer.state.forget()
 
-    def _deliver(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def step(self) -> None:
+        """Move B by its own optimizer; call it after each step of W's. Does nothing where W's optimizer moves B.
+
+        Does nothing either if W's step did not come, as when a GradScaler skipped it.
+        """
+        if self._own is None or not self._due:
+            return
+        self._due = False
+        self._deliver()
+        self._own.step()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(callable(a) for a in args[1:]) or kwargs.get("closure") is not None:
             raise RuntimeError("step(closure) runs the backward pass after B's gradient is due: call it before step().")
         if getattr(optimizer, "grad_scale", None) is not None:
@@ -97,6 +130,16 @@ class FeedbackLearner:
             raise RuntimeError(
                 "B's gradient came with autograd.grad, which does not say what is training: use loss.backward()."
             )
+        if self._own is None:
+            self._deliver()
+        elif self._due:
+            raise RuntimeError(
+                "B has an optimizer of its own: call FeedbackLearner.step() after each optimizer.step()."
+            )
+        self._due = self._own is not None
+
+    def _deliver(self) -> None:
+        """Set B.grad, and forget what it was made of."""
         for layer in self._layers:
             layer.state.drop_fresh()
             if layer.feedback is not None:
@@ -134,7 +177,18 @@ class FeedbackLearner:
             B.grad = grad
 
     def _activity_means(self, active: list[AsymmetricLayer]) -> dict[int, Tensor]:
-        """The mean of what each layer collected; by the layer's id."""
+        """The mean of what each layer collected, or what noise gives; by the layer's id."""
+        state = active[0].state
+        if state.activity.is_noise and sees_batch(state.coefficients):
+            weights = [(layer.maps, layer.weight.detach()) for layer in self._layers]  # all: a draw is one of the step
+            drawn = noise_patches(state.activity, weights, self._generator)
+            return {
+                id(layer): noise_gradient(
+                    layer.maps, state.activity, state.coefficients, patches, W, layer.feedback_weight()
+                )
+                for layer, patches, (_, W) in zip(self._layers, drawn, weights, strict=True)
+                if layer in active
+            }
         found = {id(layer): total for layer in active if (total := layer.state.total) is not None}
         shares = [1.0 / layer.state.batches for layer in active if layer.state.total is not None]
         if any(share != 1.0 for share in shares):  # most steps have one batch: save a pass over all of B
@@ -152,7 +206,7 @@ class FeedbackLearner:
         device, dtype = self._layers[0].weight.device, self._layers[0].weight.dtype
         counts = torch.tensor([float(s.batches) for s in states], device=device, dtype=dtype)
         parts = [counts]
-        if sees_batch(states[0].coefficients):
+        if states[0].reads_batch:
             for layer in self._layers:
                 total = layer.state.total
                 layer.state.total = torch.zeros_like(layer.weight) if total is None else total
@@ -182,8 +236,21 @@ def _commit_with(layer: AsymmetricLayer) -> RemovableHandle:
     return handle
 
 
-def _check_optimizer(layers: list[AsymmetricLayer], optimizer: torch.optim.Optimizer) -> None:
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+def _check_optimizer(
+    layers: list[AsymmetricLayer], optimizer: torch.optim.Optimizer, own: torch.optim.Optimizer | None
+) -> None:
+    group_of = {id(p): group for group in (own or optimizer).param_groups for p in group["params"]}
+    if own is not None:
+        if not layers:
+            raise UserError("an optimizer of B's own has no effect: no B learns here; leave it out.")
+        if layers[0].state.rule.task_gradient:
+            raise UserError(
+                f"rule {layers[0].state.rule.name!r} ties B to W: an optimizer of B's own would make other steps; "
+                "use the shared one."
+            )
+        ours = {id(layer.feedback) for layer in layers}
+        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise UserError("the feedback weights are in both optimizers; leave them out of the one that moves W.")
     for layer in layers:
         group = group_of.get(id(layer.feedback))
         if group is None:

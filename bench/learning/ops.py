@@ -25,6 +25,7 @@ the trace of their second moments. They cost one elementwise pass and no convolu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -49,6 +50,10 @@ class Maps(Protocol):
         """(transpose(delta, K), kernel_grad(x, delta), Σ delta), each where it is wanted."""
         ...
 
+    def grouped(self, K: Tensor) -> Tensor:
+        """K as (groups, outputs of a group, patch size): what each output makes of the patch that it reads."""
+        ...
+
     def channelwise(self, bias: Tensor) -> Tensor:
         """The bias, shaped so that it broadcasts against z."""
         ...
@@ -69,6 +74,13 @@ class Maps(Protocol):
         """(1/n)·(1/groups)·Σ ‖q‖² over the patches q of z that ``transpose`` reads, one for each position of x.
 
         As `forward_energy`; of x and K only the shapes count. Padding is no position of x.
+        """
+        ...
+
+    def usable(self, shape: torch.Size, K: Tensor) -> Tensor:
+        """Which entries of K some position of an input of this shape reaches: bool, broadcasts against K.
+
+        The others (on a 1×1 image all taps of a padded 3×3 kernel but the middle one) see zeros alone: they do nothing.
         """
         ...
 
@@ -95,6 +107,9 @@ class LinearMaps:
             delta.reshape(-1, delta.shape[-1]).sum(0) if wanted[2] else None,
         )
 
+    def grouped(self, K: Tensor) -> Tensor:
+        return K[None]
+
     def channelwise(self, bias: Tensor) -> Tensor:
         return bias
 
@@ -107,6 +122,9 @@ class LinearMaps:
 
     def transpose_energy(self, z: Tensor, K: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         return self.forward_energy(z, K)
+
+    def usable(self, shape: torch.Size, K: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.ones((), dtype=torch.bool, device=K.device)
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,9 @@ class ConvMaps:
             dx = dx[..., : x.shape[-2], : x.shape[-1]]
         return dx if wanted[0] else None, dK if wanted[1] else None, db if wanted[2] else None
 
+    def grouped(self, K: Tensor) -> Tensor:
+        return K.reshape(self.groups, K.shape[0] // self.groups, -1)
+
     def channelwise(self, bias: Tensor) -> Tensor:
         return bias.view(-1, 1, 1)
 
@@ -172,8 +193,30 @@ class ConvMaps:
 
     def _counts(self, x: Tensor, K: Tensor) -> list[tuple[Tensor, Tensor]]:
         """`_count` for the height and for the width: how often a pixel is in a patch is the product of the two."""
-        layout = zip(x.shape[-2:], K.shape[-2:], self.stride, self.padding, self.dilation, self.extra, strict=True)
-        return [_count(*axis, dtype=_wide(x), device=x.device) for axis in layout]
+        return [_count(*axis, dtype=_wide(x), device=x.device) for axis in self._axes(x.shape, K)]
+
+    def usable(self, shape: torch.Size, K: Tensor) -> Tensor:
+        rows, columns = (_windows(*axis)[1].any(0) for axis in self._axes(shape, K))
+        return (rows[:, None] & columns).to(K.device)
+
+    def _axes(self, shape: torch.Size, K: Tensor) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """What `_windows` asks for, of the height and of the width."""
+        return zip(shape[-2:], K.shape[-2:], self.stride, self.padding, self.dilation, self.extra, strict=True)
+
+
+@dataclass(frozen=True)
+class PatchMaps(LinearMaps):
+    """A linear layer for each group: x (n, groups, patch size), K as `Maps.grouped` has it, z (n, groups, outputs)."""
+
+    def forward(self, x: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is None
+        return torch.einsum("ngd,god->ngo", x, K)
+
+    def transpose(self, z: Tensor, K: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.einsum("ngo,god->ngd", z, K)
+
+    def kernel_grad(self, x: Tensor, z: Tensor, K: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.einsum("ngo,ngd->god", z, x)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -206,8 +249,13 @@ def _count(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Along one axis of x: how many windows read each of its positions; how many taps of each window lie inside it."""
-    windows = (size + 2 * padding + extra - dilation * (taps - 1) - 1) // stride + 1
-    at = torch.arange(windows)[:, None] * stride + torch.arange(taps) * dilation - padding
-    inside = (at >= 0) & (at < size)
+    at, inside = _windows(size, taps, stride, padding, dilation, extra)
     reads, lands = torch.bincount(at[inside], minlength=size), inside.sum(1)
     return reads.to(device, dtype), lands.to(device, dtype)
+
+
+def _windows(size: int, taps: int, stride: int, padding: int, dilation: int, extra: int) -> tuple[Tensor, Tensor]:
+    """Along one axis of x, for each window (rows) and tap (columns): its position, and whether that is inside x."""
+    count = (size + 2 * padding + extra - dilation * (taps - 1) - 1) // stride + 1
+    at = torch.arange(count)[:, None] * stride + torch.arange(taps) * dilation - padding
+    return at, (at >= 0) & (at < size)

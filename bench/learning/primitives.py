@@ -116,7 +116,7 @@ def activity_gradient(
     A coefficient of zero costs nothing. z may be None where `needs_z` says no.
 
     ``normalized``: amp and sparse are divided by maps.forward_energy(x), null by maps.transpose_energy(z)
-    (`bench.learning.scaling` says why). Where that is zero, so is the gradient.
+    (`bench.learning.activity` says why). Where that is zero, so is the gradient.
 
     ``group``: x and z are this process's part of the batch; the sum of what its processes get is the gradient.
     """

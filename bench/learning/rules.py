@@ -54,6 +54,13 @@ class Rule:
         return 2 * sum(name in self.primitives for name in ("sparse", "null")) or int("amp" in self.primitives)
 
     @property
+    def noise_maps(self) -> int:
+        """How many maps of a layer's patches the gradient of its B takes on noise (`bench.learning.activity`)."""
+        if not self.sees_activity:
+            return 0
+        return 3 + 2 * ("sparse" in self.primitives) if "null" in self.primitives else 2
+
+    @property
     def cost_floor(self) -> float:
         """A training step's maps, in those of backprop, which are 3 a layer; `bench.arithmetic` counts a network's."""
         return 1 + self.maps / 3

@@ -12,7 +12,7 @@ from bench.pages.parts import SEQUENTIAL, Absent, Figure, Part, Table, band, plo
 from bench.pages.trials import METRICS, described, tally
 from bench.rows import Row
 from bench.statistics import Estimate, estimate
-from bench.summary import REFERENCE, columns, table_rows
+from bench.summary import FLOOR, REFERENCE, columns, floor_words, table_rows
 
 #: Configurations of one rule have its colour, and these dashes in turn.
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -63,8 +63,9 @@ def confirmed_parts(summary: Mapping[str, Any], about: str, known: Sequence[Conf
         "mean ± standard deviation over n fresh seeds; differences are paired by seed, with their 95 % t interval; "
         f"below the confirmed ones stand the controls, under the same protocol. {about}; {test}."
     )
+    notes = (note, f"{floor}.") if (floor := floor_words(summary)) else (note,)
     table = Table(
-        title="Confirmed configurations and controls", columns=columns(summary), rows=table_rows(summary), notes=(note,)
+        title="Confirmed configurations and controls", columns=columns(summary), rows=table_rows(summary), notes=notes
     )
     front = [_front(about, known)] if summary["objective"] == "both" else []
     return [table, _accuracies(about, known, test), *front]
@@ -198,12 +199,17 @@ def _compromise(one: Configuration) -> Any:
 
 # --- alignment -----------------------------------------------------------------------------------------------------
 
-_LAYER = "angle/"
+_LAYER, _FLOOR = "angle/", "floor_angle/"
+#: The means over layers: title, and by what they are measured.
+_MEANS = {
+    "angle": ("Mean angle between W and B", "Of the weights alone: no test data in it."),
+    "dx_angle": ("Mean angle between the errors sent and backprop's", "By validation examples: no test data in it."),
+}
 
 
 def alignment_parts(about: str, known: Sequence[Configuration]) -> list[Part]:
-    """The angle between W and B: per layer of the best confirmed configuration, and its mean of each configuration."""
-    return [_layers(about, known), _means(about, known)]
+    """Angles per layer of the best confirmed configuration, and their means of each configuration."""
+    return [_layers(about, known), *(_means(about, known, metric) for metric in _MEANS)]
 
 
 def _layers(about: str, known: Sequence[Configuration]) -> Part:
@@ -216,7 +222,12 @@ def _layers(about: str, known: Sequence[Configuration]) -> Part:
         return Absent(title=title, reason=_no_angle(best))
     layers, epochs = list(dict.fromkeys(layer for layer, _ in cells)), sorted({epoch for _, epoch in cells})
     grid = [[cells.get((layer, epoch)) for epoch in epochs] for layer in layers]
-    words = [["" if at is None else f"n {at.n}" + _sd(at) for at in line] for line in grid]
+    floors = _floors(best.rows)
+    below = {layer: f", floor {floors[layer]:.1f}°" if layer in floors else "" for layer in layers}
+    words = [
+        ["" if at is None else f"n {at.n}{_sd(at)}{below[layer]}" for at in line]
+        for layer, line in zip(layers, grid, strict=True)
+    ]
     surface = go.Heatmap(
         x=epochs,
         y=layers,
@@ -234,7 +245,7 @@ def _layers(about: str, known: Sequence[Configuration]) -> Part:
         title=f"{title}: {best.label}",
         note=(
             f"Mean over seeds after each epoch ({_seeds_note([best])}; sd where one points, and in the CSV); layers in "
-            f"the order of the network. 90°: B has nothing of W. {about}. Of the weights alone: no test data in it."
+            f"the order of the network. 90°: B has nothing of W. {about}. {_MEANS['angle'][1]}"
         ),
         plot=plot(
             [surface],
@@ -242,8 +253,8 @@ def _layers(about: str, known: Sequence[Configuration]) -> Part:
             yaxis={"autorange": "reversed", "dtick": 1, "tickfont": {"size": 10}, "showgrid": False},
             showlegend=False,
         ),
-        columns=("layer", "epoch", "angle, °", "sd, °", "n"),
-        rows=[(layer, epoch, at.mean, at.sd, at.n) for (layer, epoch), at in cells.items()],
+        columns=("layer", "epoch", "angle, °", "sd, °", "n", "floor, °"),
+        rows=[(layer, epoch, at.mean, at.sd, at.n, floors.get(layer)) for (layer, epoch), at in cells.items()],
         height=110 + 17 * max(8, len(layers)),
     )
 
@@ -266,6 +277,15 @@ def _angles(rows: Iterable[Row]) -> dict[tuple[str, float], Estimate]:
     return {key: estimate(values) for key, values in found.items()}
 
 
+def _floors(rows: Iterable[Row]) -> dict[str, float]:
+    """By layer, what its angle cannot go below, over the runs that know it: known at their ends."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name in (name for name in row["metrics"] if name.startswith(_FLOOR)):
+            found.setdefault(name.removeprefix(_FLOOR), []).append(row["metrics"][name])
+    return {layer: estimate(values).mean for layer, values in found.items()}
+
+
 def _no_angle(one: Configuration | None) -> str:
     """Why there is nothing to show."""
     if one is None:
@@ -279,46 +299,69 @@ def _no_angle(one: Configuration | None) -> str:
     return f"the runs of {one.label} have no angle per layer."
 
 
-def _means(about: str, known: Sequence[Configuration]) -> Part:
+def _means(about: str, known: Sequence[Configuration], metric: str) -> Part:
     """The mean angle over the layers after each epoch, with the interval over seeds."""
-    title = "Mean angle between W and B"
-    curves = [(one, curve) for one in known if one.rule != REFERENCE and (curve := _mean_curve(one.rows))]
+    title, measured = _MEANS[metric]
+    curves = [(one, curve) for one in known if one.rule != REFERENCE and (curve := _mean_curve(one.rows, metric))]
     if not curves:
         return Absent(title=title, reason=_no_angle(next((one for one in known if not one.control), None)))
     epochs = sorted({epoch for _, curve in curves for epoch in curve})
     highest = max(at.mean for _, curve in curves for at in curve.values())
+    floors = {
+        one.label: one.found["floor_angle"]["mean"]
+        for one, _ in curves
+        if metric == "angle" and one.found["floor_angle"]
+    }
+    dotted = "" if not floors else f"Dotted: {FLOOR}. "
     return Figure(
         title=title,
         note=(
             "Lines: mean over layers and seeds; bands: 95 % t interval over seeds (none for one seed). "
-            f"Runs: {_seeds_note([one for one, _ in curves])}. {about}. Of the weights alone: no test data in it."
+            f"{dotted}Runs: {_seeds_note([one for one, _ in curves])}. {about}. {measured}"
         ),
         plot=plot(
             [
                 trace
                 for place, (one, curve) in enumerate(curves)
-                for trace in _line_and_band([other.rule for other, _ in curves[:place]].count(one.rule), one, curve)
+                for trace in (
+                    *_line_and_band([other.rule for other, _ in curves[:place]].count(one.rule), one, curve),
+                    *([_floor_line(one, epochs, floors[one.label])] if one.label in floors else []),
+                )
             ],
             xaxis={"title": {"text": "epoch"}, "tickformat": "d", **_whole(epochs)},
             yaxis={"title": {"text": "angle, °"}, "range": [0, max(92.0, highest + 2)], "dtick": 15},
             showlegend=True,
         ),
-        columns=("configuration", "epoch", "angle, °", "sd, °", "low, °", "high, °", "n"),
+        columns=("configuration", "epoch", "angle, °", "sd, °", "low, °", "high, °", "n", "floor, °"),
         rows=[
-            (one.label, epoch, at.mean, at.sd, at.low, at.high, at.n)
+            (one.label, epoch, at.mean, at.sd, at.low, at.high, at.n, floors.get(one.label))
             for one, curve in curves
             for epoch, at in curve.items()
         ],
     )
 
 
-def _mean_curve(rows: Iterable[Row]) -> dict[float, Estimate]:
+def _mean_curve(rows: Iterable[Row], metric: str) -> dict[float, Estimate]:
     found: dict[float, list[float]] = {}
     for row in rows:
         for at in row["history"]:
-            if "angle" in at:
-                found.setdefault(at["epoch"], []).append(at["angle"])
+            if metric in at:
+                found.setdefault(at["epoch"], []).append(at[metric])
     return {epoch: estimate(found[epoch]) for epoch in sorted(found)}
+
+
+def _floor_line(one: Configuration, epochs: Sequence[float], floor: float) -> Any:
+    import plotly.graph_objects as go
+
+    return go.Scatter(
+        x=[epochs[0], epochs[-1]],
+        y=[floor, floor],
+        mode="lines",
+        line={"color": look(one.rule).color, "dash": "dot", "width": 1.5},
+        name=f"{one.label}: floor",
+        legendgroup=one.label,
+        hovertemplate=f"{one.label}: floor %{{y:.1f}}°<extra></extra>",
+    )
 
 
 def _line_and_band(place: int, one: Configuration, curve: Mapping[float, Estimate]) -> Iterator[Any]:

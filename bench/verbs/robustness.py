@@ -84,7 +84,7 @@ def _robustness(given: argparse.Namespace) -> int:
     if given.arch is not None:
         check_arch(given.arch)
     changes = check_recipe(parse_settings(given.set)) | ({} if given.epochs is None else {"epochs": given.epochs})
-    networks = _networks(given)
+    options, networks = options_of(given), _networks(given)
     levels = _levels(given)
     gradients: Any = tuple(names("gradient", given.gradient, GRADIENTS))
     rules = rules_of(
@@ -93,10 +93,11 @@ def _robustness(given: argparse.Namespace) -> int:
         dataset=given.dataset,
         changes=changes,
         files=[*given.config, *(_best(given.results, study) for study in given.study)],
-        results=given.results,
+        options=options,
         given=[config for config, _ in networks],
+        begun=_begun(given),
     )
-    first, options = next(iter(rules.values())), options_of(given)
+    first = next(iter(rules.values()))
     config = RobustnessConfig(
         name=check_name(given.name or study_name("robustness", first.arch, first.dataset)),
         rules={rule: each.to_dict() for rule, each in rules.items()},
@@ -112,6 +113,19 @@ def _robustness(given: argparse.Namespace) -> int:
     )
     ready = prepare_measurement(config, options, networks)
     return _run(ready, given)
+
+
+def _begun(given: argparse.Namespace) -> dict[str, Any] | None:
+    """The configuration of the reference in the measurement that goes on; None if there is none."""
+    from bench.config import TrialConfig, study_name
+    from bench.files import read_yaml
+
+    arch, dataset = given.arch or TrialConfig.arch, given.dataset or TrialConfig.dataset
+    path = given.results / (given.name or study_name("robustness", arch, dataset)) / "robustness.yaml"
+    config = read_yaml(path).get("config") if path.exists() else None
+    rules = config.get("rules") if isinstance(config, dict) else None  # a damaged one is said where it is gone on with
+    reference = next(iter(rules.values()), None) if isinstance(rules, dict) else None
+    return reference if isinstance(reference, dict) else None
 
 
 def _networks(given: argparse.Namespace) -> list[tuple[TrialConfig, Path]]:

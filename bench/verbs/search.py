@@ -60,10 +60,12 @@ def add(verbs: Any) -> None:
 def _search(given: argparse.Namespace) -> int:
     from bench.learning.rules import ANY, parse_rule
     from bench.models import check_arch
-    from bench.recipes import check_recipe, recipe_of
+    from bench.place import recipe_for
+    from bench.plans import find_study
+    from bench.recipes import check_recipe
     from bench.search import check
     from bench.space_files import load_space
-    from bench.spaces import canonical_space, idle_settings, recipe_in
+    from bench.spaces import canonical_space, idle_settings, space_changes
     from bench.warm import warm_trials
 
     rule = ANY if given.rule == ANY else parse_rule(given.rule).name
@@ -75,15 +77,18 @@ def _search(given: argparse.Namespace) -> int:
         raise UserError(f"--space {given.space}: for rule {rule!r} it is the same as {same}; use --space {same}.")
     space = load_space(rule, given.arch, space=given.space)
     space.check_changes(changes, given.space)
-    recipe = recipe_in(space, rule, recipe_of(given.dataset, given.arch), changes)
-    recipe |= _noise(given, recipe)
     both = given.objective == "both"
+    cold = study_name(rule, given.arch, given.dataset, space=given.space) + ("-lr" if given.tune_lr else "")
+    cold += "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
+    name = check_name(given.name or (f"{cold}-warm" if given.warm_from else cold))
+    options, known = options_of(given), find_study(given.results, name)
+    begun = None if known is None else known.recipe
+    recipe = recipe_for(given.dataset, given.arch, space_changes(space, rule, changes), options, begun=begun)
+    recipe |= _noise(given, recipe)
     if given.tune_lr:
         space = space.with_lr(recipe.get("lr", TrialConfig.lr))
-    name = study_name(rule, given.arch, given.dataset, space=given.space) + ("-lr" if given.tune_lr else "")
-    name += "" if given.objective == "accuracy" else f"-{given.objective}-{given.site}"
     config = StudyConfig(
-        name=check_name(given.name or (f"{name}-warm" if given.warm_from else name)),
+        name=name,
         rule=rule,
         arch=given.arch,
         dataset=given.dataset,
@@ -99,12 +104,12 @@ def _search(given: argparse.Namespace) -> int:
         space=space.to_dict(),
     )
     if given.warm_from:
-        if config.name == name:
+        if name == cold:
             raise UserError(f"--name {name}: that is the name of the cold search; give the warm one another.")
         warm = warm_trials(given.results, given.warm_from, config, space)
         config = config.replace(warm_from=given.warm_from, warm=warm)
-    ready = check(config, space, options_of(given))
-    return _run_search(given, ready, cold=name)
+    ready = check(config, space, options)
+    return _run_search(given, ready, cold=cold)
 
 
 def _run_search(given: argparse.Namespace, ready: Ready, *, cold: str) -> int:

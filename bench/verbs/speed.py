@@ -39,7 +39,7 @@ EPOCHS = 2
 def add(verbs: Any) -> None:
     p = verb(verbs, "speed", _speed, "measure training steps beside backprop's; or, with --trials, a search's own cost")
     p.add_argument(
-        "--arch", metavar="A", help="see `bench list archs` (else resnet18; of --fractions, that of the --config)"
+        "--arch", metavar="A", help="see `bench list networks` (else resnet18; of --fractions, that of the --config)"
     )
     p.add_argument("--rule", default="all", metavar="R[,R...]", help="rules beside backprop; all: every named one")
     p.add_argument("--batch-size", type=int, default=128, metavar="N", help="examples in a step")
@@ -47,6 +47,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--classes", type=int, default=10, metavar="C", help="that the network tells apart")
     p.add_argument("--precision", default="auto", help="auto (bf16 on a GPU), float32, bf16")
     p.add_argument("--fraction", type=float, default=1.0, metavar="F", help="share of a batch that B learns from")
+    p.add_argument("--samples", type=int, default=0, metavar="N", help="B learns from N noise patches (else the batch)")
     p.add_argument("--rounds", type=int, metavar="N", help="in each, every rule takes a turn (else 11; of searches 3)")
     p.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (else torch's own)")
     p.add_argument("--straightforward", action="store_true", help="also autograd on the energies, from the tests")
@@ -78,7 +79,7 @@ Table = tuple[str, list[str], list[list[str]], str | None]
 #: The options that not every measurement has a use for, and those that have.
 _USES = {
     **dict.fromkeys(("batch_size", "image_size", "classes", "precision", "straightforward"), ("steps",)),
-    **dict.fromkeys(("fraction", "threads"), ("steps", "trial")),
+    **dict.fromkeys(("fraction", "samples", "threads"), ("steps", "trial")),
     **dict.fromkeys(("arch", "rule"), ("steps", "trial", "search", "fractions")),
     **dict.fromkeys(("dataset", "epochs"), ("trial", "search", "fractions")),
     **dict.fromkeys(("seeds", "config", "set", "name", "concurrent", "gpus_per_trial"), ("fractions",)),
@@ -97,8 +98,8 @@ def _speed(given: argparse.Namespace) -> int:
     if len(instead) > 1:
         raise UserError(f"--{' and --'.join(instead)} measure different things: give one of them.")
     mode = instead[0] if instead else "steps"
-    if given.straightforward and given.fraction != 1.0:
-        raise UserError("--straightforward sees the whole batch: leave out --fraction, or it.")
+    if given.straightforward and (given.fraction != 1.0 or given.samples):
+        raise UserError("--straightforward sees the whole batch: leave out --fraction and --samples, or it.")
     for name, modes in _USES.items():
         if mode not in modes and getattr(given, name) != given.usual[name]:
             where = "on the steps" if mode == "steps" else f"with --{mode}"
@@ -143,6 +144,7 @@ def _steps(given: argparse.Namespace) -> int:
         classes=given.classes,
         precision=given.precision,
         fraction=given.fraction,
+        samples=given.samples,
         rounds=11 if given.rounds is None else given.rounds,
     )
     found, where = timed(
@@ -175,6 +177,7 @@ def _steps(given: argparse.Namespace) -> int:
         ]
         images = f"{given.batch_size} images of {given.image_size} pixels"
         shares = f", B from {given.fraction:g} of a batch" if given.fraction != 1 else ""
+        shares += f", B from {given.samples} noise patches" if given.samples else ""
         machine = f"{where['device_name']}, {where['threads']} threads, torch {where['versions']['torch']}"
         caption = f"medians; {machine}{shares}. allowed: backprop's memory, and B with its optimizer state"
         return f"a training step of {given.arch}: {images}, {conditions.rounds} rounds", columns, rows, caption
@@ -193,7 +196,7 @@ def _trial(given: argparse.Namespace) -> int:
     rule = parse_rule("backprop" if given.rule == "all" else given.rule)
     recipe = recipe_of(given.dataset, given.arch)
     budget = {"arch": given.arch, "dataset": given.dataset, "epochs": EPOCHS if given.epochs is None else given.epochs}
-    config = still(rule, fraction=given.fraction, **recipe, **budget)
+    config = still(rule, fraction=given.fraction, samples=given.samples, **recipe, **budget)
     found, where = of_trial(
         config,
         data_dir=given.data_dir,

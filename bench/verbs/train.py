@@ -62,7 +62,7 @@ def _train_config(given: argparse.Namespace) -> TrialConfig:
     """Flag over file over the data set's recipe over default."""
     from bench.files import read_yaml
     from bench.learning.rules import parse_rule
-    from bench.recipes import recipe_of
+    from bench.place import Options, recipe_for
 
     values: dict[str, Any] = read_yaml(given.config) if given.config else {}
     settings = parse_settings(given.set)
@@ -78,17 +78,52 @@ def _train_config(given: argparse.Namespace) -> TrialConfig:
     if "rule" not in merged:
         raise UserError("bench train needs --rule, or --config with a rule in it.")
     if not given.config:
-        merged = {**recipe_of(merged.get("dataset", "digits"), merged.get("arch", "resnet18")), **merged}
+        dataset, arch = (merged.get(name, getattr(TrialConfig, name)) for name in ("dataset", "arch"))
+        merged = recipe_for(dataset, arch, merged, Options(device=given.device), begun=_begun(given))
     config = TrialConfig.from_dict({**merged, "coefficients": coefficients})
     return config.replace(rule=parse_rule(config.rule).name)
+
+
+def _begun(given: argparse.Namespace) -> dict[str, Any] | None:
+    """The configuration of the run that ``--checkpoint`` goes on with; None if there is none."""
+    from bench.checkpoint import checkpoint_file, previous
+
+    state = previous(checkpoint_file(str(given.checkpoint)), "cpu") if given.checkpoint is not None else None
+    found: dict[str, Any] | None = state and state["config"]
+    return found
 
 
 def _evaluate(given: argparse.Namespace) -> int:
     from bench.train import evaluate
 
     found = evaluate(given.checkpoint, split=given.split, data_dir=given.data_dir, device=given.device)
-    print(json.dumps(found) if given.json else _metrics_line(found["metrics"]))
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    print(_metrics_line(found["metrics"]))
+    _print_layers(found["metrics"])
     return 0
+
+
+#: Of each layer, as far as it was measured: metric, heading.
+_OF_LAYERS = {"angle": "angle °", "floor_angle": "floor °", "dx_angle": "dx angle °", "norm_ratio": "‖B‖/‖W‖"}
+
+
+def _print_layers(metrics: dict[str, float]) -> None:
+    """The angles layer by layer, each beside its floor."""
+    from bench.cells import NOTHING
+    from bench.summary import FLOOR
+    from bench.terminal import console, table
+
+    shown = {name: head for name, head in _OF_LAYERS.items() if any(m.startswith(f"{name}/") for m in metrics)}
+    layers = [m.removeprefix("angle/") for m in metrics if m.startswith("angle/")]
+    rows = [
+        (layer, *(f"{metrics[key]:.2f}" if (key := f"{name}/{layer}") in metrics else NOTHING for name in shown))
+        for layer in layers
+    ]
+    if rows:
+        floor = f"floor: {FLOOR}" if "floor_angle" in shown else None
+        console(sys.stdout).print(table("", ("layer", *shown.values()), rows, texts=1, caption=floor))
 
 
 def _metrics_line(metrics: dict[str, float]) -> str:

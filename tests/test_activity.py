@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.config import TrialConfig, UserError
+from bench.learning.activity import Activity, centered
 from bench.learning.convert import convert
 from bench.learning.layers import AsymmetricLayer, AsymmetricLinear, asymmetric_from, asymmetric_layers
 from bench.learning.learner import FeedbackLearner, parameter_groups
 from bench.learning.ops import ConvMaps, LinearMaps, Maps
 from bench.learning.primitives import PRIMITIVES, activity_gradient, sees_batch
 from bench.learning.rules import RULES, Rule, parse_rule, subsets
-from bench.learning.scaling import centered
 from bench.training import prepare, resolve_coefficients
 from bench.trial import run_trial
 from layer_problems import PROBLEMS, Problem
@@ -36,7 +36,9 @@ def coefficients_of(rule: Rule) -> dict[str, float]:
 
 def asymmetric(problem: Problem, rule: Rule, **how: Any) -> tuple[AsymmetricLayer, Tensor]:
     layer, x = problem.make()
-    return asymmetric_from(layer, rule, coefficients_of(rule), torch.Generator().manual_seed(3), **how), x
+    return asymmetric_from(
+        layer, rule, coefficients_of(rule), torch.Generator().manual_seed(3), activity=Activity(**how)
+    ), x
 
 
 def backward(layer: AsymmetricLayer, x: Tensor) -> list[Tensor | None]:
@@ -71,11 +73,11 @@ def without_mean(problem: Problem, x: Tensor) -> Tensor:
 def minimised(problem: Problem, layer: AsymmetricLayer, x: Tensor) -> Tensor:
     """The gradient by autograd of what the layer's settings say it is: x and z as seen, each energy over its own."""
     maps, W, B = layer.maps, layer.weight.detach(), layer.feedback_weight().clone().requires_grad_()
-    x = without_mean(problem, x) if layer.state.centered else x
+    x = without_mean(problem, x) if layer.state.activity.centered else x
     z, total = maps.forward(x, W), torch.zeros((), dtype=x.dtype)
     for name, coefficient in layer.state.coefficients.items():
         per = 1.0
-        if layer.state.scaling == "normalized" and PRIMITIVES[name].sees == "batch":
+        if layer.state.activity.scaling == "normalized" and PRIMITIVES[name].sees == "batch":
             per = slow_energy(maps, "null" if name == "null" else "sparse", x, z, W).item()
         total = total + coefficient / per * PRIMITIVES[name].energy(maps, x, z, W, B)
     return torch.autograd.grad(total, B)[0]
@@ -204,7 +206,9 @@ def test_centred_amp_and_sparse_draw_B_to_W_where_the_centred_input_tells(proble
     """amp = sparse = c is ½c‖z − B·x‖² of the centred x and z, here with a mean that carries most of the energy."""
     layer, x = problem.make()
     x = x + 5
-    ours = asymmetric_from(layer, RULES["activation"], {"amp": 0.7, "sparse": 0.7}, None, centered=True)
+    ours = asymmetric_from(
+        layer, RULES["activation"], {"amp": 0.7, "sparse": 0.7}, None, activity=Activity(centered=True)
+    )
     seen = without_mean(problem, x)
     B = ours.feedback_weight().clone().requires_grad_()
     gap = ours.maps.forward(seen, ours.weight.detach()) - ours.maps.forward(seen, B)
@@ -222,7 +226,7 @@ def test_the_centred_gradient_does_not_see_the_mean_of_a_channel(problem: Proble
     shift = torch.linspace(-2, 3, x.shape[channels], dtype=x.dtype)
     layer.weight.grad = None
     close(feedback_gradient(layer, x + layer_shape(shift, x, channels)), before, relative=1e-9)
-    layer.state.centered = False
+    layer.state.activity = Activity(scaling=layer.state.activity.scaling)
     layer.weight.grad = None
     assert (feedback_gradient(layer, x + layer_shape(shift, x, channels)) - before).norm() > 0.1 * before.norm()
 
@@ -295,13 +299,17 @@ def test_normalized_is_blind_to_the_size_of_the_image(rule: Rule) -> None:
     torch.manual_seed(0)
     for scaling, grows in (("normalized", 1.0), ("reference", 16.0)):
         how = {"scaling": scaling, "centered": False}
-        point = asymmetric_from(nn.Conv2d(6, 5, 1).double(), rule, coefficients_of(rule), None, **how)  # type: ignore[arg-type]
+        point = asymmetric_from(
+            nn.Conv2d(6, 5, 1).double(), rule, coefficients_of(rule), None, activity=Activity(**how)
+        )  # type: ignore[arg-type]
         tile = torch.randn(4, 6, 3, 3).double()
         once = feedback_gradient(point, tile)
         point.weight.grad = None
         close(feedback_gradient(point, tile.repeat(1, 1, 4, 4)), grows * once)  # exactly: the same patches
 
-        layer = asymmetric_from(nn.Conv2d(6, 5, 3, padding=1).double(), rule, coefficients_of(rule), None, **how)  # type: ignore[arg-type]
+        layer = asymmetric_from(
+            nn.Conv2d(6, 5, 3, padding=1).double(), rule, coefficients_of(rule), None, activity=Activity(**how)
+        )  # type: ignore[arg-type]
         found = []
         for size in (8, 16, 32):
             layer.weight.grad = None
@@ -328,7 +336,7 @@ def test_a_coefficient_of_ten_is_stable_in_every_layer_when_normalized(problem: 
     sizes = {}
     for scaling in ("normalized", "reference"):
         layer, x = problem.make()
-        ours = asymmetric_from(layer, RULES[name], {name: 10.0}, None, scaling=scaling)  # type: ignore[arg-type]
+        ours = asymmetric_from(layer, RULES[name], {name: 10.0}, None, activity=Activity(scaling=scaling))  # type: ignore[arg-type]
         ours.weight.requires_grad_(False)
         assert ours.feedback is not None
         optimizer = torch.optim.SGD([ours.feedback], lr=0.1, momentum=0.9, nesterov=True)
@@ -348,8 +356,12 @@ def test_under_autocast_the_gradient_is_that_of_float32_within_its_precision() -
     rule = parse_rule("amp+null+sparse")
     torch.manual_seed(0)
     x, plain = torch.randn(16, 6, 8, 8) + 1, nn.Conv2d(6, 5, 3, padding=1)
-    whole = asymmetric_from(copy.deepcopy(plain), rule, coefficients_of(rule), torch.Generator().manual_seed(1), **both)
-    low = asymmetric_from(plain, rule, coefficients_of(rule), torch.Generator().manual_seed(1), **both)
+    whole = asymmetric_from(
+        copy.deepcopy(plain), rule, coefficients_of(rule), torch.Generator().manual_seed(1), activity=Activity(**both)
+    )
+    low = asymmetric_from(
+        plain, rule, coefficients_of(rule), torch.Generator().manual_seed(1), activity=Activity(**both)
+    )
     expected = feedback_gradient(whole, x)
     with torch.autocast("cpu", torch.bfloat16):
         found = feedback_gradient(low, x)
@@ -371,9 +383,11 @@ def test_they_reach_every_layer_and_stay_in_a_copy() -> None:
     for network in (model, copy.deepcopy(model)):
         states = [layer.state for layer in asymmetric_layers(network).values()]
         assert states
-        assert {(s.scaling, s.centered) for s in states} == {("normalized", True)}
-    made = AsymmetricLinear(3, 2, rule=RULES["sparse"], coefficients={"sparse": 1.0}, scaling="normalized")
-    assert (made.state.scaling, made.state.centered) == ("normalized", False)
+        assert {s.activity for s in states} == {Activity(scaling="normalized", centered=True)}
+    made = AsymmetricLinear(
+        3, 2, rule=RULES["sparse"], coefficients={"sparse": 1.0}, activity=Activity(scaling="normalized")
+    )
+    assert made.state.activity == Activity(scaling="normalized")
 
 
 @pytest.mark.parametrize("rule", ["backprop", "feedback", "sign", "kolen-pollack", "symmetric", "frozen"])
@@ -387,12 +401,12 @@ def test_settings_without_effect_are_refused(rule: str, how: dict[str, Any], nam
         resolve_coefficients(small(rule=rule, coefficients=coefficients, **how), RULES[rule])
     coefficients = dict.fromkeys(RULES[rule].primitives, 0.1)
     with pytest.raises(UserError, match="no effect"):
-        convert(nn.Sequential(nn.Linear(3, 2)), rule, coefficients, **how)
+        convert(nn.Sequential(nn.Linear(3, 2)), rule, coefficients, activity=Activity(**how))
 
 
 def test_an_unknown_scaling_is_refused() -> None:
     with pytest.raises(UserError, match=r"unknown scaling 'normalised'\. Did you mean 'normalized'"):
-        convert(nn.Sequential(nn.Linear(3, 2)), "sparse", {"sparse": 1.0}, scaling="normalised")  # type: ignore[arg-type]
+        convert(nn.Sequential(nn.Linear(3, 2)), "sparse", {"sparse": 1.0}, activity=Activity(scaling="normalised"))  # type: ignore[arg-type]
 
 
 def test_a_coefficient_at_which_the_reference_diverges_is_stable_when_normalized_and_centred() -> None:
