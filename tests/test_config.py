@@ -309,7 +309,8 @@ def test_a_digest_is_of_what_differs_from_the_defaults() -> None:
 def test_published_runs_keep_their_digests() -> None:
     """A confirmation's uid ends in the digest of its configuration: a new field must not change an old name."""
     published = Path(__file__).parents[1] / "results" / "published"
-    rows = [json.loads(line) for path in published.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    paths = published.glob("*/*/*.jsonl")  # the older rows beside these folders were named by another rule
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     confirmed = [row for row in rows if "-confirm-" in row["uid"]]
     assert len(confirmed) > 100
     for row in confirmed:
