@@ -22,7 +22,7 @@ from bench.rows import RowFile
 from bench.search import check, search
 from bench.space import Range, Space
 from bench.space_files import load_space
-from bench.spaces import SETTINGS, SPACES, canonical_space, idle_settings, recipe_in, space_of
+from bench.spaces import SETTINGS, SPACES, canonical_space, idle_settings, space_changes, space_of
 from bench.summary import table_rows
 from bench.transfer import TransferConfig, prepare_transfer, transfer
 from bench.verbs.common import BAD_INPUT
@@ -49,7 +49,7 @@ def test_spaces_that_are_the_same_for_a_rule_are_one() -> None:
 @pytest.mark.parametrize("rule", [row.name for row in subsets()])
 def test_every_subset_has_a_space_of_every_kind_and_tells_it(rule: str, kind: str) -> None:
     space = load_space(rule, "resnet18", space=kind)
-    recipe = recipe_in(space, rule, {}, {})
+    recipe = space_changes(space, rule, {})
     assert not set(recipe) & set(idle_settings(rule))
     for corner in space.corners():
         config = TrialConfig.from_dict({"rule": rule, **recipe, **space.changes(corner)})
@@ -102,7 +102,7 @@ def test_the_slow_half_of_activations_rates_is_stable_with_the_default_number_of
 
 def study(rule: str, kind: str = "default", **changes: Any) -> StudyConfig:
     space = load_space(rule, "lenet", space=kind)
-    recipe = recipe_in(space, rule, {"batch_size": 32, "lr": 0.02}, {})
+    recipe = {"batch_size": 32, "lr": 0.02, **space_changes(space, rule, {})}
     given = {"name": "s", "rule": rule, "arch": "lenet", "dataset": "digits", "recipe": recipe}
     return StudyConfig.from_dict({**given, "space": space.to_dict(), **BUDGET, **changes})
 
@@ -159,13 +159,12 @@ def test_what_has_no_effect_is_refused_in_one_line(
 
 def test_a_setting_of_a_file_gives_way_to_the_users() -> None:
     space = load_space("sparse", "lenet")
-    assert recipe_in(space, "sparse", {"lr": 0.5}, {}) == {
-        "lr": 0.5,
+    assert space_changes(space, "sparse", {}) == {
         "feedback_input": "normal",
         "feedback_optimizer": "sgd",
         "feedback_lr": 0.01,
     }
-    assert recipe_in(space, "sparse", {"lr": 0.5}, {"feedback_lr": 0.02, "lr": 1.0})["feedback_lr"] == 0.02
+    assert space_changes(space, "sparse", {"feedback_lr": 0.02, "lr": 1.0})["feedback_lr"] == 0.02
 
 
 # --- a search, without training --------------------------------------------------------------------------
