@@ -23,7 +23,7 @@ from bench.search import check, search
 from bench.space import Range, Space
 from bench.space_files import load_space
 from bench.spaces import SETTINGS, SPACES, canonical_space, idle_settings, space_changes, space_of
-from bench.summary import table_rows
+from bench.summary import same_setting, table_rows
 from bench.transfer import TransferConfig, prepare_transfer, transfer
 from bench.verbs.common import BAD_INPUT
 from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
@@ -286,6 +286,15 @@ def test_what_a_plan_sets_is_in_the_recipes_of_those_rules_on_which_it_has_an_ef
     }
 
 
+def test_on_two_networks_a_setting_is_the_same_whatever_the_rates_of_their_recipes() -> None:
+    def row(arch: str, lr: float) -> dict[str, Any]:
+        config = TrialConfig(rule="mirror", arch=arch, lr=lr, coefficients={"amp": 1.0})
+        return {"config": config.to_dict()}
+
+    assert same_setting(row("resnet20", 0.05), row("resnet18", 0.02))
+    assert not same_setting(row("resnet20", 0.05), row("resnet20", 0.02))
+
+
 def test_a_transfer_moves_the_rate_of_b_and_leaves_each_network_that_of_w(
     tmp_path: Path,
     stage: Callable[[Formula], Stage],  # noqa: F811
@@ -299,7 +308,7 @@ def test_a_transfer_moves_the_rate_of_b_and_leaves_each_network_that_of_w(
         return replace(own, params={**own.params, "amp": Range(min=1, max=2, scale="log")}) if arch == "lenet" else own
 
     monkeypatch.setattr("bench.plans.load_space", load)
-    monkeypatch.setitem(RECIPES["digits"].archs, "lenet", {"lr": 0.007})
+    monkeypatch.setitem(RECIPES["digits"]["sgd"].archs, "lenet", {"lr": 0.007})
     stage(lambda config: 0.5 + 0.1 * config.coefficients.get("amp", 0))
     config = TransferConfig(
         name="t", rules=("mirror",), source="resnet20", targets=("lenet",), dataset="digits", spaces=("default", "adam")
