@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.evaluators.accuracy import accuracy
 from bench.evaluators.alignment import alignment, angle, error_alignment, floor_alignment, weight_alignment
+from bench.learning.activity import Activity
 from bench.learning.convert import convert
 from bench.learning.layers import AsymmetricLinear, asymmetric_layers, conv_maps
 from bench.learning.learner import FeedbackLearner, parameter_groups
@@ -213,7 +214,7 @@ def mirrored(layer: nn.Linear, *, centered: bool = False, **coefficients: float)
     first = nn.Linear(layer.in_features, layer.in_features, bias=False)
     first.weight.data.copy_(torch.eye(layer.in_features))
     model = nn.Sequential(first, nn.ReLU(), layer)
-    convert(model, "mirror", coefficients or {"decay": 1.0, "amp": 1.0}, centered=centered)
+    convert(model, "mirror", coefficients or {"decay": 1.0, "amp": 1.0}, activity=Activity(centered=centered))
     return model
 
 
