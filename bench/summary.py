@@ -44,10 +44,13 @@ def by_configuration(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def same_setting(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs have one rule, and the same coefficients and updates of B and W, on whatever network."""
-    return all(
-        row["config"].get(name) == other["config"].get(name) for name in ("rule", "coefficients", *UPDATE_FIELDS)
-    )
+    """Whether two runs have one rule, and the same coefficients and update of B, on whatever network.
+
+    On one network they also have the same learning rate of W, which may have been searched; each network has its own.
+    """
+    ours, theirs = row["config"], other["config"]
+    lr = ("lr",) if ours.get("arch") == theirs.get("arch") else ()
+    return all(ours.get(name) == theirs.get(name) for name in ("rule", "coefficients", *UPDATES, *lr))
 
 
 def updates_of(config: Mapping[str, Any], *, tuned: bool = False) -> dict[str, float]:

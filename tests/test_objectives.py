@@ -404,7 +404,7 @@ def test_the_study_says_what_it_searches(tmp_path: Path, monkeypatch: pytest.Mon
     for site in SITES:
         robust = resolved([*ROBUST, "--site", site], monkeypatch)
         assert robust.name == f"symmetric-resnet20-digits-robustness-{site}"
-        recipe = {k: v for k, v in robust.recipe.items() if not k.startswith("noise_")}
+        recipe = {k: v for k, v in robust.recipe.items() if not k.startswith(("noise_", "feedback_"))}
         plain = TrialConfig(rule="backprop", arch="resnet20", epochs=robust.epochs, **recipe)
         steps = load("digits").sizes["train"] // plain.batch_size
         assert robust.recipe["noise_levels"] == list(SITES[site].levels or update_levels(plain, steps))

@@ -22,8 +22,8 @@ from bench.rows import RowFile
 from bench.search import check, search
 from bench.space import Range, Space
 from bench.space_files import load_space
-from bench.spaces import SETTINGS, SPACES, canonical_space, idle_settings, recipe_in, space_of
-from bench.summary import table_rows
+from bench.spaces import SETTINGS, SPACES, canonical_space, idle_settings, space_changes, space_of
+from bench.summary import same_setting, table_rows
 from bench.transfer import TransferConfig, prepare_transfer, transfer
 from bench.verbs.common import BAD_INPUT
 from rehearsal import Formula, Stage, rows, stage  # noqa: F401  (stage is a fixture)
@@ -49,7 +49,7 @@ def test_spaces_that_are_the_same_for_a_rule_are_one() -> None:
 @pytest.mark.parametrize("rule", [row.name for row in subsets()])
 def test_every_subset_has_a_space_of_every_kind_and_tells_it(rule: str, kind: str) -> None:
     space = load_space(rule, "resnet18", space=kind)
-    recipe = recipe_in(space, rule, {}, {})
+    recipe = space_changes(space, rule, {})
     assert not set(recipe) & set(idle_settings(rule))
     for corner in space.corners():
         config = TrialConfig.from_dict({"rule": rule, **recipe, **space.changes(corner)})
@@ -102,7 +102,7 @@ def test_the_slow_half_of_activations_rates_is_stable_with_the_default_number_of
 
 def study(rule: str, kind: str = "default", **changes: Any) -> StudyConfig:
     space = load_space(rule, "lenet", space=kind)
-    recipe = recipe_in(space, rule, {"batch_size": 32, "lr": 0.02}, {})
+    recipe = {"batch_size": 32, "lr": 0.02, **space_changes(space, rule, {})}
     given = {"name": "s", "rule": rule, "arch": "lenet", "dataset": "digits", "recipe": recipe}
     return StudyConfig.from_dict({**given, "space": space.to_dict(), **BUDGET, **changes})
 
@@ -159,13 +159,12 @@ def test_what_has_no_effect_is_refused_in_one_line(
 
 def test_a_setting_of_a_file_gives_way_to_the_users() -> None:
     space = load_space("sparse", "lenet")
-    assert recipe_in(space, "sparse", {"lr": 0.5}, {}) == {
-        "lr": 0.5,
+    assert space_changes(space, "sparse", {}) == {
         "feedback_input": "normal",
         "feedback_optimizer": "sgd",
         "feedback_lr": 0.01,
     }
-    assert recipe_in(space, "sparse", {"lr": 0.5}, {"feedback_lr": 0.02, "lr": 1.0})["feedback_lr"] == 0.02
+    assert space_changes(space, "sparse", {"feedback_lr": 0.02, "lr": 1.0})["feedback_lr"] == 0.02
 
 
 # --- a search, without training --------------------------------------------------------------------------
@@ -287,6 +286,15 @@ def test_what_a_plan_sets_is_in_the_recipes_of_those_rules_on_which_it_has_an_ef
     }
 
 
+def test_on_two_networks_a_setting_is_the_same_whatever_the_rates_of_their_recipes() -> None:
+    def row(arch: str, lr: float) -> dict[str, Any]:
+        config = TrialConfig(rule="mirror", arch=arch, lr=lr, coefficients={"amp": 1.0})
+        return {"config": config.to_dict()}
+
+    assert same_setting(row("resnet20", 0.05), row("resnet18", 0.02))
+    assert not same_setting(row("resnet20", 0.05), row("resnet20", 0.02))
+
+
 def test_a_transfer_moves_the_rate_of_b_and_leaves_each_network_that_of_w(
     tmp_path: Path,
     stage: Callable[[Formula], Stage],  # noqa: F811
@@ -300,7 +308,7 @@ def test_a_transfer_moves_the_rate_of_b_and_leaves_each_network_that_of_w(
         return replace(own, params={**own.params, "amp": Range(min=1, max=2, scale="log")}) if arch == "lenet" else own
 
     monkeypatch.setattr("bench.plans.load_space", load)
-    monkeypatch.setitem(RECIPES["digits"].archs, "lenet", {"lr": 0.007})
+    monkeypatch.setitem(RECIPES["digits"]["sgd"].archs, "lenet", {"lr": 0.007})
     stage(lambda config: 0.5 + 0.1 * config.coefficients.get("amp", 0))
     config = TransferConfig(
         name="t", rules=("mirror",), source="resnet20", targets=("lenet",), dataset="digits", spaces=("default", "adam")

@@ -138,6 +138,7 @@ def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, An
     """The fields of a trial that measures its robustness; none in a search for accuracy alone."""
     from bench.noise import SITES
     from bench.place import default_levels
+    from bench.spaces import SETTINGS
 
     if given.objective not in OBJECTIVE_NAMES:
         raise unknown("objective", given.objective, OBJECTIVE_NAMES)
@@ -157,5 +158,6 @@ def _noise(given: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, An
         levels = sigmas(given.sigma, given.site)
     else:
         what = {"rule": "backprop", "arch": given.arch, "dataset": given.dataset, "epochs": given.epochs}
-        levels = default_levels(given.site, TrialConfig.from_dict({**recipe, **what}), options_of(given))
+        plain = {name: value for name, value in recipe.items() if name not in SETTINGS}
+        levels = default_levels(given.site, TrialConfig.from_dict({**plain, **what}), options_of(given))
     return {"noise_site": given.site, "noise_levels": list(levels), "noise_draws": given.draws}
