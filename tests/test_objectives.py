@@ -250,7 +250,7 @@ def test_each_objective_has_its_columns_and_its_cells() -> None:
     for objective, more in (("accuracy", 0), ("robustness", 3), ("both", 4)):
         found = summarize(study(objective), [], confirmed_rows(), CONTROLS)
         heads, cells = columns(found), table_rows(found)
-        assert len(heads) == 8 + more
+        assert len(heads) == 9 + more
         assert {len(line) for line in cells} == {len(heads)}
         assert len(cells) == 6
         tables[objective] = [dict(zip(heads, line, strict=True)) for line in cells]

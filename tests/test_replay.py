@@ -33,6 +33,8 @@ def printed(folder: Path) -> dict[str, Any]:
 
 def test_a_matrix_again_is_what_it_was() -> None:
     again = json.loads(json.dumps(matrix_again(MATRIX)))
+    for line in (line for arch in again["archs"].values() for line in arch["table"]):
+        assert line.pop("floor_angle", None) is None  # the release that ran it did not measure the floor
     assert again == printed(MATRIX)
     assert again["complete"]
 
