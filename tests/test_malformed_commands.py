@@ -149,6 +149,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
         "--classes": "3",
         "--precision": "bf16",
         "--fraction": "0.5",
+        "--samples": "16",
         "--rounds": "5",
         "--threads": "1",
         "--straightforward": None,
