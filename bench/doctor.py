@@ -42,7 +42,7 @@ ENOUGH_DISK, LITTLE_DISK = 5 * GIB, GIB // 2
 
 
 def diagnose(results: Path | str) -> list[Check]:
-    """Every check, with results to be written under ``results`` (a URI: there, and in a working copy here).
+    """Every check, with results to be written under ``results`` (a URI: there, and in a copy here).
 
     Takes a few seconds: torch is imported.
     """

@@ -26,7 +26,7 @@ class Options:
 
     ``address``: of a Ray cluster to join; None: one of our own, on this machine. ``storage``: the URL of an Optuna
     storage on a server; None: a journal in the study's folder. ``gpus_per_trial``: None divides what there is.
-    ``store``: the URI that ``results`` is this machine's working copy of; None: they are kept where they are.
+    ``store``: the URI that ``results`` is this machine's copy of; None: they are kept where they are.
     """
 
     results: Path = Path("results")

@@ -2,7 +2,8 @@
 
 A command downloads the results into a folder of this machine and works there; a thread uploads what changed. Each
 upload first writes a mark of its own at the URI. A mark that this machine does not know is another machine's: nothing
-is merged, and nothing of theirs is overwritten. Workers read and write checkpoints at the URI itself.
+is merged, and nothing of theirs is overwritten. What others than bench change there is not noticed. Workers read and
+write checkpoints at the URI itself, so that they need no folder in common.
 
 Options of a URI follow a question mark (s3://b/lab?endpoint_override=HOST:PORT&scheme=http). Credentials come from the
 environment. pyarrow is imported when a URI is first opened.
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import queue
 import re
 import secrets
 import sys
@@ -135,7 +137,8 @@ class RemotePath:
             found = filesystem.get_file_info(fs.FileSelector(path.rpartition("/")[0], allow_not_found=True))
             for info in found:
                 if info.path == path or info.path.startswith(f"{path}."):
-                    filesystem.delete_file(info.path)
+                    with suppress(FileNotFoundError):  # another process was faster
+                        filesystem.delete_file(info.path)
 
     def check_writable(self) -> None:
         (self / ".bench-probe").write(b"")
@@ -174,35 +177,48 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 # --- what workers write: nobody waits for it -------------------------------------------------------------
 
-_POOL = ThreadPoolExecutor(1, thread_name_prefix="remote")
+_jobs: queue.SimpleQueue[tuple[Callable[[], Any], str]] = queue.SimpleQueue()
 _waiting: dict[RemotePath, Any] = {}
 
 
-def in_background(call: Callable[[], Any], what: str) -> None:
-    """Do this in a thread, after what was asked for before; log ``what`` did not happen if it fails."""
+@functools.cache
+def _start_worker() -> None:
+    threading.Thread(target=_work, name="remote", daemon=True).start()  # daemon: the end of a process waits for none
 
-    def attempt() -> None:
+
+def _work() -> None:
+    while True:
+        call, what = _jobs.get()
         try:
             call()
-        except Exception as error:  # noqa: BLE001  (logged; what was asked for after it must be done)
+        except Exception as error:  # noqa: BLE001  (logged; the jobs after it must be done)
             log(f"{what}: {one_line(str(error) or type(error).__name__)}")
 
-    _POOL.submit(attempt)
+
+def in_background(call: Callable[[], Any], what: str) -> None:
+    """Do this in a thread, after what was asked for before; if it fails, log ``what``, with the reason."""
+    _start_worker()
+    _jobs.put((call, what))
 
 
 def write_later(path: RemotePath, data: Any, what: str) -> None:
     """Write the file in the background, in place of what still waits to be written there."""
+
+    def write() -> None:
+        if (newest := _waiting.pop(path, None)) is not None:
+            path.write(newest)
+
     _waiting[path] = data
-    in_background(lambda: path.write(_waiting.pop(path)) if path in _waiting else None, f"{what} is not saved")
+    in_background(write, f"{what} is not saved")
 
 
 def settle() -> None:
     """Wait, but not for ever, for what is done in the background."""
-    try:
-        _POOL.submit(lambda: None).result(PATIENCE)
-    except TimeoutError:
-        log(f"the object store takes longer than {PATIENCE:.0f} s: the last checkpoint may be lost.")
+    done = threading.Event()
+    in_background(done.set, "")
+    if not done.wait(PATIENCE):
         _waiting.clear()
+        log(f"the object store takes longer than {PATIENCE:.0f} s: the last checkpoint may be missing there.")
 
 
 # --- the results of a command ----------------------------------------------------------------------------
@@ -343,12 +359,12 @@ class RemoteResults:
             settle()
             self.upload()
             why = ""
+            self.say(f"results: {self.remote}")
         except Exception as error:  # noqa: BLE001  (in the line below)
             why = one_line(str(error) or type(error).__name__).rstrip(".")
         finally:
             if why:
                 fail(f"not everything is uploaded to {self.remote} ({why}); all results are in {self.folder}.")
-        self.say(f"results: {self.remote}")
 
     def _try_upload(self) -> None:
         try:

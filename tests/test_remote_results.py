@@ -269,8 +269,8 @@ def test_an_end_without_upload_is_an_error_that_names_the_folder_and_the_next_st
 def test_an_error_of_the_run_is_not_hidden_by_that_of_the_upload(uri: str, said: list[str], away: Away) -> None:
     with pytest.raises(KeyboardInterrupt):
         work(uri, ROW, before=away.begin, after=lambda: raises(KeyboardInterrupt()), say=said.append)
-    (last,) = (line for line in said if line.startswith("not everything"))
-    assert last.endswith(f"all results are in {local_folder(uri)}.")
+    assert said[-1].startswith(f"not everything is uploaded to {uri} (")
+    assert said[-1].endswith(f"all results are in {local_folder(uri)}.")
 
 
 def test_a_start_that_cannot_write_there_is_refused(uri: str, said: list[str], away: Away) -> None:
@@ -453,6 +453,12 @@ def test_of_states_that_wait_only_the_last_is_written_and_what_fails_is_logged(
     settle()
     assert "epoch 7 is not saved: " in capfd.readouterr().err
     assert file.read() == b"6"
+
+
+def test_the_end_of_a_process_waits_for_no_store(uri: str) -> None:
+    code = "import sys, time; from bench.remote_results import *; RemotePath.write = lambda *_: time.sleep(60)"
+    code += "; write_later(RemotePath(sys.argv[1]), b'', 'x')"
+    subprocess.run([sys.executable, "-c", code, uri], check=True, timeout=30)
 
 
 def test_checkpoints_of_runs_that_are_over_are_removed(uri: str) -> None:
