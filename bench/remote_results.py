@@ -247,7 +247,7 @@ def working_folder(uri: str, *, writes: bool, say: Say = log) -> Iterator[Remote
         results = RemoteResults(uri, say)
         if alone:
             results.download()
-        elif writes or not results.downloaded:
+        elif writes or not results._marks:  # none: it is being downloaded
             raise UserError(f"another bench on this machine works with {uri}; wait until it ends, or end it.")
         if not writes:  # beside a command that does, it reads what that one has in the folder
             claim.close()
@@ -289,38 +289,39 @@ class RemoteResults:
         with suppress(FileNotFoundError, ValueError, TypeError):  # else all files here count as changed
             self._marks, self._files = json.loads((self.folder / _STATE).read_bytes())
 
-    @property
-    def downloaded(self) -> bool:
-        """Whether the folder holds all that was at the URI."""
-        return bool(self._marks)
-
     def download(self) -> None:
         """Make the folder as new as the URI; UserError if both have something new."""
         mark = self._mark()
-        if mark in self._marks:
+        if mark in self._marks:  # nothing is newer there; but caches are tidied, and files go
+            self._fetch(
+                {name: version for name, version in (self._files or {}).items() if not self._path(name).exists()}
+            )
             return
         if any(self._changed()) or (mark == "" and self._marks):
             raise self._refusal(mark)
         self._save([], None)
         there = {name: version for name, version in self.remote.files().items() if _belongs(name)}
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(self._fetch, there, there.values()))
-        self._save([mark], {name: _signature(self.folder / name) for name in there})
+        self._fetch({name: version for name, version in there.items() if _signature(self._path(name)) != version})
+        self._save([mark], {name: found for name in there if (found := _signature(self._path(name)))})
 
-    def _fetch(self, name: str, version: list[int]) -> None:
-        path = self.folder / name
-        if _signature(path) == version:
-            return
-        data = (self.remote / name).read()
-        if data is None:
-            raise RemoteAwayError(f"{self.remote}: {name} was removed during the download; try again.")
-        write_atomic(path, data)
-        os.utime(path, ns=(version[1], version[1]))
+    def _fetch(self, versions: dict[str, list[int]]) -> None:
+        """Download these files, and give them their times."""
+
+        def fetch(name: str) -> None:
+            if (data := (self.remote / name).read()) is not None:  # else it was removed just now
+                write_atomic(self._path(name), data)
+                os.utime(self._path(name), ns=(versions[name][1], versions[name][1]))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(fetch, versions))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
 
     def upload(self) -> None:
         """Upload what changed; UserError, and nothing is uploaded, if another machine did so meanwhile."""
         # journals are read before rows and written after them: a trial that ended in a journal has its row there
-        changed = {name: (signature, (self.folder / name).read_bytes()) for name, signature in self._changed()}
+        changed = {name: (signature, self._path(name).read_bytes()) for name, signature in self._changed()}
         if not changed:
             return
         before, own = self._check_mark(), f"{platform.node()} {datetime.now(UTC):%F %T} UTC {secrets.token_hex(8)}"
