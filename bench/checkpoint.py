@@ -1,7 +1,7 @@
 """Saving the state of a run, and going on from it. Nothing that is read is executed.
 
-A checkpoint is a file on this machine or on an object store (`bench.objects`). A store that is away for a while costs
-no run its training: what cannot be saved or found there now is said on stderr, and the run goes on without.
+A checkpoint is a file on this machine or on an object store (`bench.remote_results`). A store that is away for a while
+costs no run its training: what cannot be saved or found there now is logged, and the run goes on without.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from torch import nn
 
 from bench.config import TrialConfig, UserError
 from bench.disk import DiskError, on_disk
-from bench.objects import ObjectFile, ObjectsAwayError, discard, is_uri, within
 from bench.optimizers import laid_out_as
-from bench.uploads import UPLOADS, tell
+from bench.remote_results import RemoteAwayError, RemotePath, in_background, is_uri, log, settle, write_later
 
 _KEYS = {"config", "epoch", "history", "model", "optimizer"}
 
 #: Where a checkpoint is: a file here, or on an object store.
-File = Path | ObjectFile
+File = Path | RemotePath
 
 
 def checkpoint_file(text: str, index: int = 0) -> File:
     """The file that is meant: a path, or a URI; of further networks FILE.1, FILE.2, ..."""
     if is_uri(text):
-        return ObjectFile(text).numbered(index) if index else ObjectFile(text)
+        return RemotePath(text).extended(f".{index}" if index else "")
     return Path(f"{text}.{index}" if index else text)
 
 
 def location(path: File) -> str:
     """As `checkpoint_file` takes it, in whatever folder."""
-    return path.uri if isinstance(path, ObjectFile) else str(path.absolute())
+    return path.uri if isinstance(path, RemotePath) else str(path.absolute())
 
 
 def write_checkpoint(
@@ -68,10 +67,10 @@ def write_checkpoint(
         "feedback_optimizer": {} if feedback_optimizer is None else feedback_optimizer.state_dict(),
         "code": [dict(each) for each in code],
     }
-    if isinstance(path, ObjectFile):
+    if isinstance(path, RemotePath):
         whole = io.BytesIO()  # in memory: a killed worker leaves no temporary files
         torch.save(state, whole)
-        UPLOADS.put(path, f"epoch {epoch} of this run", whole.getbuffer())
+        write_later(path, whole.getbuffer(), f"epoch {epoch} of this run")
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
@@ -88,8 +87,8 @@ def write_checkpoint(
 
 def settle_checkpoint(path: File) -> None:
     """Wait, but not for ever, until what was last written there is there: a file on this machine is."""
-    if isinstance(path, ObjectFile):
-        UPLOADS.settle(path)
+    if isinstance(path, RemotePath):
+        settle()
 
 
 def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
@@ -97,15 +96,16 @@ def previous(path: File, device: torch.device | str) -> dict[str, Any] | None:
 
     UserError now, not after an epoch, if this is no place for a checkpoint.
     """
-    if not isinstance(path, ObjectFile):
+    if not isinstance(path, RemotePath):
         prepare_checkpoint(path)
         return read_checkpoint(path, device) if path.exists() else None
     try:
-        if within(path.uri, path.exists):
-            return read_checkpoint(path, device)
-        within(path.uri, path.try_out)
-    except ObjectsAwayError as error:
-        tell(f"what was saved of this run cannot be read, so it begins anew: {error}")
+        if (data := path.read()) is not None:
+            return _loaded(io.BytesIO(data), path, device)
+        path.extended(".probe").write(b"")
+        path.extended(".probe").delete()
+    except RemoteAwayError as error:
+        log(f"what was saved of this run cannot be read, so it begins anew: {error}")
     return None
 
 
@@ -131,11 +131,10 @@ def prepare_checkpoint(path: Path) -> None:
 
 def read_checkpoint(path: File, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's tensors, numbers and strings; UserError for a file that is none, or is damaged."""
-    if isinstance(path, ObjectFile):
-        try:
-            return _loaded(io.BytesIO(path.store.read(path.name)), path, device)
-        except FileNotFoundError as error:
-            raise UserError(f"there is no checkpoint {path}.") from error
+    if isinstance(path, RemotePath):
+        if (data := path.read()) is None:
+            raise UserError(f"there is no checkpoint {path}.")
+        return _loaded(io.BytesIO(data), path, device)
     return _loaded(path, path, device)
 
 
@@ -162,24 +161,37 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
 
 def remove_checkpoint(path: File) -> None:
     """Remove it, and those of further networks: on a store not at once, since nobody should wait for that here."""
-    if isinstance(path, ObjectFile):
-        discard(path)
+    if isinstance(path, RemotePath):
+        in_background(path.delete, f"{path} is not removed")
         return
     with on_disk(path):
         for file in path.parent.glob(f"{glob.escape(path.name)}*"):
             file.unlink(missing_ok=True)
 
 
-def sweep_checkpoints(folder: Path, over: Callable[[str], bool]) -> None:
+def sweep_checkpoints(folder: File, over: Callable[[str], bool]) -> None:
     """Remove from a study's folder of them those of runs (by uid) that are over, and what killed writers left of these.
 
-    Nobody else may be writing there.
+    Nobody else may be writing there. On a store it is done in the background.
     """
+    if isinstance(folder, RemotePath):
+        in_background(lambda: _sweep(folder, over), f"{folder} is not tidied")
+        return
     with on_disk(folder):
         for file in folder.glob("*.pt*"):
-            named = re.fullmatch(r"(.+)\.pt(\.\d+)*(\.new)?", file.name)  # UID.pt, UID.pt.1, UID.pt.PID.new
-            if named and over(named[1]):
+            if _is_over(file.name, over):
                 file.unlink(missing_ok=True)
+
+
+def _sweep(folder: RemotePath, over: Callable[[str], bool]) -> None:
+    for name in folder.files():
+        if _is_over(name, over):
+            (folder / name).delete()
+
+
+def _is_over(name: str, over: Callable[[str], bool]) -> bool:
+    named = re.fullmatch(r"(.+)\.pt(\.\d+)*(\.new|\.part)?", name)  # UID.pt, UID.pt.1, UID.pt.PID.new
+    return named is not None and over(named[1])
 
 
 def _is_history(value: Any) -> bool:

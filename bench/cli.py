@@ -93,12 +93,12 @@ def _add_ui(verbs: Any) -> None:
     p.add_argument("--host", default="127.0.0.1", help="another than loopback exposes all runs, without a password")
     p.add_argument("--port", type=int, default=5000, help="the next free one, if it is taken")
     p.add_argument("--optuna", action="store_true", help="Optuna's dashboard on the searches' journals, too")
-    add_results(p, "shows")
+    add_results(p, writes=False)
 
 
 def _add_doctor(verbs: Any) -> None:
     p = verb(verbs, "doctor", _doctor, "say what this machine has, and what would go wrong on it")
-    add_kept(p, None)
+    add_kept(p, writes=None)
     add_json(p)
 
 

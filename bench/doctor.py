@@ -23,9 +23,8 @@ from packaging.utils import canonicalize_name
 
 from bench.check import Check, Status
 from bench.config import UserError
-from bench.mirror import copy_of
-from bench.objects import Store, within
 from bench.provenance import usable_cores
+from bench.remote_results import RemotePath, local_folder
 
 #: Packages with a line of their own; the others are checked together.
 NAMED = ("torch", "ray", "optuna", "mlflow", "pandas")
@@ -43,13 +42,13 @@ ENOUGH_DISK, LITTLE_DISK = 5 * GIB, GIB // 2
 
 
 def diagnose(results: Path | str) -> list[Check]:
-    """Every check, with results to be written under ``results`` (a URI: there, and in a working copy here).
+    """Every check, with results to be written under ``results`` (a URI: there, and in a copy here).
 
     Takes a few seconds: torch is imported.
     """
     from bench.leftovers import check_leftovers  # what reads rows takes a second to import
 
-    here = results if isinstance(results, Path) else copy_of(results)
+    here = results if isinstance(results, Path) else local_folder(results)
     return [
         check_python(sys.version_info[:3]),
         *check_packages(),
@@ -253,20 +252,15 @@ def check_results(results: Path) -> Check:
 
 
 def check_store(uri: str) -> Check:
-    """Whether objects can be listed, written and removed there."""
-    store = Store(uri)
-
-    def write() -> None:
-        store.put(probe := f".doctor-{os.getpid()}", b"")
-        store.remove(probe)
-
+    """Whether files can be listed, written and removed there."""
     try:
-        store.check()
-        within(uri, write)
+        remote = RemotePath(uri)
+        remote.files()
+        remote.check_writable()
     except UserError as error:
         detail, _, remedy = str(error).rpartition(": ")
         return Check(name="results", status="fail", detail=detail, remedy=remedy.rstrip("."))
-    return Check(name="results", status="ok", detail=f"{uri} is writable; its working copy here is {copy_of(uri)}")
+    return Check(name="results", status="ok", detail=f"{uri} is writable; here it is {local_folder(uri)}")
 
 
 def check_disk(name: str, path: Path) -> Check:

@@ -118,7 +118,7 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, text)
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file, whole or not at all: a reader, or a crash, sees the old text or the new one.
 
     The folder is made if it is missing. UserError if the file cannot be written; the old one is then intact.
@@ -126,8 +126,8 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with temporary.open("xb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

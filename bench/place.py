@@ -13,9 +13,9 @@ from bench.config import TrialConfig, UserError
 from bench.evaluators.adversarial import ATTACKS
 from bench.joining import check_address
 from bench.noise import SITES
-from bench.objects import child
 from bench.provenance import usable_cores
 from bench.recipes import recipe_of
+from bench.remote_results import RemotePath
 from bench.stores import check_storage, check_uri, embedded
 from bench.training import check_together, pick_device, prepare, update_levels
 
@@ -26,7 +26,7 @@ class Options:
 
     ``address``: of a Ray cluster to join; None: one of our own, on this machine. ``storage``: the URL of an Optuna
     storage on a server; None: a journal in the study's folder. ``gpus_per_trial``: None divides what there is.
-    ``store``: the URI that ``results`` is this machine's working copy of; None: they are kept where they are.
+    ``store``: the URI that ``results`` is this machine's copy of; None: they are kept where they are.
     """
 
     results: Path = Path("results")
@@ -45,9 +45,9 @@ class Options:
         """``results`` as the user named them."""
         return self.store or str(self.results)
 
-    def kept(self, study: str) -> Path | str:
+    def kept(self, study: str) -> Path | RemotePath:
         """Where what workers save of a study is: on the store, if there is one, so that any machine goes on from it."""
-        return child(self.store, study) if self.store else (self.results / study).absolute()
+        return RemotePath(self.store) / study if self.store else (self.results / study).absolute()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.checkpoint import File, checkpoint_file, location
+from bench.checkpoint import File, location
 from bench.config import (
     Strict,
     TrialConfig,
@@ -26,7 +26,6 @@ from bench.evaluators.adversarial import ATTACKS, QUERIES
 from bench.files import read_yaml
 from bench.learning.rules import parse_rule
 from bench.noise import SITES
-from bench.objects import child
 from bench.place import Options, recipe_for
 from bench.probe import digest_of
 from bench.recipes import recipe_of
@@ -164,13 +163,13 @@ class Plan:
         config: RobustnessConfig,
         *,
         key: str,
-        folder: Path | str,
+        folder: File,
         given: Sequence[tuple[TrialConfig, Path]] = (),
     ) -> None:
         """``folder``: of the networks; a URI, if they are kept on a store."""
         if given and "update" in config.levels:
             raise UserError("site update is noise in training: it cannot be measured of a --checkpoint.")
-        self.config, self._key, self._folder = config, key, str(folder)
+        self.config, self._key, self._folder = config, key, folder
         self._given = {(c.rule, c.seed): path for c, path in given}
         self._bases = {rule: TrialConfig.from_dict(values) for rule, values in config.rules.items()}
         self.seeds = sorted({c.seed for c, _ in given}) or [config.first_seed + i for i in range(config.seeds)]
@@ -190,7 +189,7 @@ class Plan:
             for rule, base in self._bases.items():
                 config = base.replace(seed=seed)
                 uid, path = self._uid(config.identity()), self._given.get((rule, seed))
-                kept = checkpoint_file(child(self._folder, f"networks/{uid}.pt"))
+                kept = self._folder / f"networks/{uid}.pt"
                 yield Network(uid=uid, config=config, path=path or kept, file=digest_of(path) if path else None)
 
     def noisy(self, network: Network, level: float) -> tuple[str, TrialConfig]:

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from bench.checkpoint import File, checkpoint_file, remove_checkpoint, sweep_checkpoints
+from bench.checkpoint import File, remove_checkpoint, sweep_checkpoints
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.director import Source, Task, Wait
 from bench.disk import DiskError
-from bench.objects import child
 from bench.place import Place
 from bench.provenance import provenance
 from bench.rows import Row, RowFile, row
@@ -159,7 +158,7 @@ class Runs:
         return Task(uid=uid, config=plan.config, options=options)
 
     def _checkpoint(self, uid: str) -> File:
-        return checkpoint_file(child(str(self._place.options.kept(self.name)), f"checkpoints/{uid}.pt"))
+        return self._place.options.kept(self.name) / f"checkpoints/{uid}.pt"
 
     def started(self, uid: str) -> None:
         run = self._running[uid]
@@ -201,13 +200,11 @@ class Runs:
         """Remove the checkpoints of what has a row; ``at_the_end`` all, if nothing is left to run.
 
         A kill between a row and `_tidy` leaves one, as does a control that another search has finished; and in the end
-        the confirmation of what is no longer among the best. No other driver may be at work on this study. (Those on a
-        store are the mirror's: `bench.copies.sweep`.)
+        the confirmation of what is no longer among the best. No other driver may be at work on this study.
         """
-        folder = self._place.options.kept(self.name)
-        if isinstance(folder, Path):
-            everything = at_the_end and self.complete and not self._running
-            sweep_checkpoints(folder / "checkpoints", lambda uid: everything or uid in self._done)
+        everything = at_the_end and self.complete and not self._running
+        folder = self._place.options.kept(self.name) / "checkpoints"
+        sweep_checkpoints(folder, lambda uid: everything or uid in self._done)
 
     def _file(self, kind: Kind, filed: Row) -> Row:
         """Append the row; a control that another search has filed meanwhile is that one's."""

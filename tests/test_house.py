@@ -44,11 +44,7 @@ FLOORS = {
     "front": 0,
     "headlines": 0,
     "looks": 0,
-    "objects": 0,
-    "lease": 1,
-    "uploads": 1,
-    "copies": 2,
-    "mirror": 3,
+    "remote_results": 1,
     "optuna_ui": 0,
     "cells": 0,
     "learning.primitives": 1,
@@ -161,7 +157,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "packaging": ("doctor",),
     "psutil": ("processes",),
     "sqlalchemy": ("storage",),
-    "pyarrow": ("objects",),
+    "pyarrow": ("remote_results",),
 }
 #: Comes inside another package.
 VENDORED = {"psutil": "ray", "sqlalchemy": "optuna"}

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bench.config import StudyConfig, UserError, check_range, unknown
 from bench.files import parse_scalar
-from bench.objects import is_uri
+from bench.remote_results import is_uri
 
 if TYPE_CHECKING:
-    from bench.copies import Use
-    from bench.mirror import Mirror
     from bench.place import Options
+    from bench.remote_results import RemoteResults
 
 T = TypeVar("T")
 
@@ -76,16 +75,16 @@ def verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summar
     return made
 
 
-def add_results(parser: argparse.ArgumentParser, use: Use = "writes") -> None:
-    add_kept(parser, use)
+def add_results(parser: argparse.ArgumentParser, writes: bool = True) -> None:
+    add_kept(parser, writes)
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server (else SQLite under the results)")
 
 
-def add_kept(parser: argparse.ArgumentParser, use: Use | None) -> None:
-    """``--results``; with a URI the verb works in a copy of it (`at_hand`), but for ``use`` None."""
+def add_kept(parser: argparse.ArgumentParser, writes: bool | None) -> None:
+    """Add ``--results``. Of a URI the verb reads or ``writes`` a copy (`at_hand`); None: it sees to that itself."""
     text = "where results are kept: a folder, or a URI (s3://…; see `bench doctor --results URI`)"
     parser.add_argument("--results", type=folder, default=Path("results"), metavar="DIR", help=text)
-    parser.set_defaults(store=None, use=use, mirror=None)
+    parser.set_defaults(store=None, writes=writes, remote=None)
 
 
 def folder(text: str) -> Path | str:
@@ -103,16 +102,16 @@ def local_file(text: str) -> Path:
 @contextmanager
 def at_hand(given: argparse.Namespace) -> Iterator[None]:
     """What a URI given as ``--results`` stands for, in a folder of this machine that takes its place meanwhile."""
-    results, use = getattr(given, "results", None), getattr(given, "use", None)
-    if use is None or not isinstance(results, str):
+    results, writes = getattr(given, "results", None), getattr(given, "writes", None)
+    if writes is None or not isinstance(results, str):
         yield
         return
-    from bench.mirror import working_copy
+    from bench.remote_results import working_folder
 
-    with working_copy(results, use) as mirror:
-        given.store, given.results, given.mirror = results, mirror.folder, mirror
-        if use == "writes" and not given.tracking_uri:
-            mirror.say("MLflow's SQLite store cannot lie there, and stays in the copy; --tracking-uri names a server.")
+    with working_folder(results, writes=writes) as remote:
+        given.store, given.results, given.remote = results, remote.folder, remote
+        if writes and not given.tracking_uri:
+            remote.say("MLflow's SQLite store cannot lie there, and stays here; --tracking-uri names a server.")
         yield
 
 
@@ -185,7 +184,7 @@ def carry_out(
 
     ``name``: of the folder under the results that Ray's log goes to.
     """
-    outcome, summary = follow(writable(given.results) / name / "ray.log", work, given.mirror)
+    outcome, summary = follow(writable(given.results) / name / "ray.log", work, given.remote)
     return conclude(given, outcome, summary, options, show)
 
 
@@ -270,11 +269,11 @@ def options_of(given: argparse.Namespace) -> Options:
     )
 
 
-def follow(log: Path, work: Callable[[Say, Watch], T], mirror: Mirror | None = None) -> T:
+def follow(log: Path, work: Callable[[Say, Watch], T], remote: RemoteResults | None = None) -> T:
     """Do ``work(say, watch)`` with a live display; what Ray prints meanwhile goes to ``log``.
 
-    ``watch(source)`` shows a source of runs, and returns what is to be called about ten times a second. ``mirror``: it
-    speaks there, too.
+    ``watch(source)`` shows a source of runs, and returns what is to be called about ten times a second. ``remote``:
+    what its uploads have to say is shown there, too.
     """
     from bench.streams import quiet
     from bench.terminal import Progress
@@ -282,7 +281,7 @@ def follow(log: Path, work: Callable[[Say, Watch], T], mirror: Mirror | None = N
     with (
         quiet(log) as (_, err),
         Progress(err, sys.stderr) as bar,  # sys.stderr: the log
-        nullcontext() if mirror is None else mirror.heard_by(bar.say),
+        nullcontext() if remote is None else remote.heard_by(bar.say),
     ):
 
         def watch(source: Shown) -> Callable[[], None]:

@@ -19,7 +19,7 @@ def add(verbs: Any) -> None:
     p = verb(verbs, "compare", _compare, "set what searches found side by side, with their controls")
     what = "the name of a search, the path of its folder, or a file of rows (.jsonl); differences are to the first"
     p.add_argument("study", nargs="+", metavar="STUDY", help=what)
-    add_kept(p, "reads")
+    add_kept(p, writes=False)
     how = p.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print JSON, for programs; accuracies are fractions of 1")
     how.add_argument("--csv", action="store_true", help="print CSV, in full precision; accuracies are fractions of 1")

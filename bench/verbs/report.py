@@ -15,7 +15,7 @@ def add(verbs: Any) -> None:
     p = verb(verbs, "report", _report, "make pages of figures and tables from result rows; nothing is run")
     p.add_argument("studies", nargs="*", metavar="STUDY", help="names in the results, folders, or files of rows (all)")
     p.add_argument("--out", type=Path, default=Path("dashboards"), metavar="PATH", help="a folder, or one page's .html")
-    add_kept(p, "reads")
+    add_kept(p, writes=False)
     add_json(p)
 
 
