@@ -19,7 +19,7 @@ from bench.campaign import Campaign, Ready
 from bench.config import Strict, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.files import read_yaml, write_atomic, write_yaml
-from bench.journal import BusyError, check_kind, claimed
+from bench.journal import BusyError, check_kind, claim
 from bench.pages.parts import Page
 from bench.pages.render import PAGE, write
 from bench.place import Place
@@ -197,8 +197,8 @@ def recorded(
     something else, was begun with other data or another kind of device, or with a plan that this one does not cover.
     """
     folder = place.options.results / name
-    with ExitStack() as claim:
-        claim.enter_context(claimed(folder))
+    with ExitStack() as held:
+        held.enter_context(claim(folder))
         check_kind(folder, book)
         path = folder / book
         before = read_yaml(path) if path.exists() else {}
@@ -211,7 +211,7 @@ def recorded(
         identity = str(before.get("id") or uuid.uuid4().hex)
         write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
         if shared:
-            claim.close()
+            held.close()
         spool = place.options.results / "spool"
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
             live = None if shared else ()

@@ -46,7 +46,7 @@ class Tracker:
         self._study = self._identity = ""
         self._dataset: dict[str, str] | None = None
         self._open: set[str] = set()
-        self._shared = self._over = False
+        self._over = False
 
     @classmethod
     def open(
@@ -76,19 +76,18 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         identity: str | None = None,
         live: Iterable[str] | None = (),
-        shared: bool = False,
     ) -> None:
         """Begin or go on with a study: its parent run is found by name and ``identity``, or made.
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come. ``tags``: also
-        in place of our own git revision.
+        (None: none is, for a study of single runs, which several processes may write). ``tags``: also in place of
+        our own git revision.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
-        self._study, self._identity, self._shared = name, identity or name, shared
+        self._study, self._identity = name, identity or name
         revision = {"bench.git_revision": git_revision(), **(tags or {})}
         ours = {"bench.kind": "study", "bench.identity": self._identity}
         self._put(
@@ -96,7 +95,6 @@ class Tracker:
             params=_texts(config),
             tags=self._tags({**revision, **ours}),
             live=None if live is None else sorted(live),
-            shared=shared,
         )
 
     def dataset(self, name: str, digest: str) -> None:
@@ -115,7 +113,7 @@ class Tracker:
     ) -> None:
         """A run begins, or goes on: one with this uid is reopened. ``evaluation``: as in TrialResult."""
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
-        self._put("start", shared=self._shared, **self._described(uid, kind, config, evaluation or {}, more))
+        self._put("start", **self._described(uid, kind, config, evaluation or {}, more))
         self._open.add(uid)
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:

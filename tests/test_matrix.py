@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.config import PRIMITIVE_NAMES, TrialConfig, UserError
-from bench.journal import claimed
+from bench.journal import claim
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix import MatrixConfig, beside, matrix, outlook, prepare_matrix
 from bench.place import Options
@@ -139,7 +139,7 @@ def test_a_part_of_it_in_any_order(tmp_path: Path, stage: Callable[[Formula], St
 def test_a_search_that_another_process_has_is_left_to_it(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     made = stage(trained)
     two = ("decay", "amp")
-    with claimed(tmp_path / "mirror-lenet-digits"):
+    with claim(tmp_path / "mirror-lenet-digits"):
         outcome, summary = run(tmp_path, primitives=two)
     assert outcome == "done"
     assert summary["busy"] == ["mirror-lenet-digits"]
