@@ -137,8 +137,8 @@ class Campaign(Runs):
                 return self._task(proposal.uid, Planned(config=config, kind="search"))
         except StorageAwayError:
             return WAIT
-        if any(self._open(self.controls)):
-            self._done |= self._row_files["control"].by_uid()  # another search may have run some meanwhile
+        if any(self._open(self.controls)):  # another search may have run some meanwhile, and be writing just now
+            self._done |= RowFile(self._row_files["control"].path, say=lambda _: None).by_uid()
         for uid, plan in self._open(self.controls):
             return self._task(uid, plan)
         if self.searching:

@@ -189,16 +189,15 @@ class Programme:
 
 @contextmanager
 def recorded(
-    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say, shared: bool = False
+    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say
 ) -> Iterator[Tracker]:
     """A plan's own folder, claimed for this process, and its run in MLflow. ``book``: the file that keeps ``config``.
 
-    ``shared``: it has no runs of its own, and several processes may carry it out. UserError where the folder is of
-    something else, was begun with other data or another kind of device, or with a plan that this one does not cover.
+    UserError where the folder is of something else, was begun with other data or another kind of device, or with a plan
+    that this one does not cover.
     """
     folder = place.options.results / name
-    with ExitStack() as held:
-        held.enter_context(claim(folder))
+    with claim(folder):
         check_kind(folder, book)
         path = folder / book
         before = read_yaml(path) if path.exists() else {}
@@ -210,12 +209,9 @@ def recorded(
         check_covers(name, before.get("config", {}), config)
         identity = str(before.get("id") or uuid.uuid4().hex)
         write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
-        if shared:
-            held.close()
         spool = place.options.results / "spool"
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
-            live = None if shared else ()
-            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity, live=live)
+            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity)
             tracker.dataset(*place.dataset)
             yield tracker
 

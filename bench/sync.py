@@ -159,7 +159,7 @@ class _Sync:
             raise UnreachableError(f"no answer for {PATIENCE:.0f} s")
 
     def _study(self, found: Found) -> Synced:
-        """A living driver has its folder, or (of a matrix, which several may run) a spool file."""
+        """Settle it, unless a living driver has its folder."""
         try:
             with claim(found.folder):
                 return self._settle(read_filed(found))

@@ -176,22 +176,14 @@ def test_a_folder_is_one_plan_which_may_grow(tmp_path: Path, stage: Callable[[Fo
         run(tmp_path, primitives=("decay",))
 
 
-def test_several_processes_carry_out_one_matrix(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
-    """While one is at work (its searches claimed), another one does the rest, under the same name."""
-    made = stage(trained)
-    other: list[tuple[str, dict[str, Any]]] = []
-
+def test_a_second_process_is_refused(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     def second(config: TrialConfig) -> float | None:
-        if not other and config.rule == "mirror":
-            other.append(("begun", {}))
-            other.append(run(tmp_path, primitives=("decay", "amp"), only=("sign",)))
+        with pytest.raises(UserError, match=r"study 'm' in .* is being run by another process"):
+            run(tmp_path, primitives=("decay",), only=("sign",))
         return trained(config)
 
-    made.formula = second
-    outcome, summary = run(tmp_path, primitives=("decay", "amp"))
-    assert other[1][0] == "done"
-    assert (outcome, summary["complete"]) == ("done", True)
-    assert max(Counter(uid for uid, _ in made.runs).values()) == 1
+    stage(second)
+    assert run(tmp_path, primitives=("decay",))[0] == "done"
 
 
 def test_rows_of_other_data_are_refused_before_anything_runs(

@@ -1,4 +1,4 @@
-"""The study against known answers, kills at any moment, and second drivers."""
+"""The study against known answers, kills at any moment, and a second driver."""
 
 from __future__ import annotations
 
