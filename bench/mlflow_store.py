@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.delivery import Operation, UnreachableError
+from bench.delivery import Operation
 from bench.mlflow_client import Client
 
 #: MLflow's run status for each of ours. The tag ``bench.status`` keeps ours.
@@ -171,16 +171,13 @@ class Store:
         return kept
 
     @contextlib.contextmanager
-    def _apart(self, operation: Operation) -> Iterator[None]:
+    def _apart(self) -> Iterator[None]:
         """Two processes that look for a study's run at once would both make one."""
         with contextlib.ExitStack() as held:
-            try:
-                if self._lock is not None:
+            if self._lock is not None:
+                with contextlib.suppress(OSError):  # who is alone, as most are, need not wait until there is room
                     self._lock.parent.mkdir(parents=True, exist_ok=True)
                     fcntl.flock(held.enter_context(self._lock.open("w")), fcntl.LOCK_EX)
-            except OSError as error:
-                if operation.get("shared"):  # who is alone, as most are, need not wait until there is room
-                    raise UnreachableError(str(error)) from error
             yield
 
     def _known_study(self, operation: Operation) -> _Study:
@@ -200,7 +197,7 @@ class Store:
     def _child_or_none(self, study: _Study, operation: Operation) -> _Run | None:
         """Also one that another process has made since this one looked: a driver, or who delivers for a dead one."""
         uid = operation["uid"]
-        if uid not in study.runs and (operation.get("shared") or not study.made):
+        if uid not in study.runs and not study.made:
             same = f"tags.`mlflow.parentRunId` = '{study.parent}' AND tags.`bench.uid` = '{uid}'"
             if found := self._client.search(same):
                 study.runs[uid] = _known(self._one_of(found))
@@ -251,7 +248,7 @@ class Store:
     def begin(self, operation: Operation) -> None:
         """Find or make the parent run; end the children that a dead driver left running."""
         tags = {**operation["tags"], BEGUN: str(operation["time"])}
-        with self._apart(operation):
+        with self._apart():
             study = self._begun_with(operation, tags)
         if _older(operation, study.begun):
             return

@@ -200,7 +200,7 @@ class Runs:
         """Remove the checkpoints of what has a row; ``at_the_end`` all, if nothing is left to run.
 
         A kill between a row and `_tidy` leaves one, as does a control that another search has finished; and in the end
-        the confirmation of what is no longer among the best. No other driver may be at work on this study.
+        the confirmation of what is no longer among the best.
         """
         everything = at_the_end and self.complete and not self._running
         folder = self._place.options.kept(self.name) / "checkpoints"

@@ -16,7 +16,7 @@ from typing import Literal
 from bench.config import UserError
 from bench.delivery import Operation, UnreachableError
 from bench.filed import Filed, read_filed, read_trainings, trainings_of
-from bench.journal import BusyError, claimed
+from bench.journal import BusyError, claim
 from bench.mlflow_store import RUN_STATUS, Seen, Store
 from bench.reading import Found, find
 from bench.rows import TRAININGS, Row
@@ -159,9 +159,9 @@ class _Sync:
             raise UnreachableError(f"no answer for {PATIENCE:.0f} s")
 
     def _study(self, found: Found) -> Synced:
-        """A living driver has its folder, or (of a matrix, which several may run) a spool file."""
+        """Settle it, unless a living driver has its folder."""
         try:
-            with claimed(found.folder):
+            with claim(found.folder):
                 return self._settle(read_filed(found))
         except BusyError:
             return Synced(study=found.name, note=LEFT_ALONE)

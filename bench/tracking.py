@@ -46,7 +46,7 @@ class Tracker:
         self._study = self._identity = ""
         self._dataset: dict[str, str] | None = None
         self._open: set[str] = set()
-        self._shared = self._over = False
+        self._over = False
 
     @classmethod
     def open(
@@ -76,19 +76,18 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         identity: str | None = None,
         live: Iterable[str] | None = (),
-        shared: bool = False,
     ) -> None:
         """Begin or go on with a study: its parent run is found by name and ``identity``, or made.
 
         ``identity`` tells this study from another of the same name on a shared server (default: the name).
         Children that a dead driver left RUNNING are ended as interrupted, but for the uids in ``live``
-        (None: none is, for a study that other drivers write now). ``shared``: other drivers may come. ``tags``: also
-        in place of our own git revision.
+        (None: none is, for a study of single runs, which several processes may write). ``tags``: also in place of
+        our own git revision.
         """
         for text in (name, identity or ""):
             if set(text) & set("'\"`\\"):
                 raise UserError(f"study {text!r}: a name with quotes or backslashes cannot be searched for; rename it.")
-        self._study, self._identity, self._shared = name, identity or name, shared
+        self._study, self._identity = name, identity or name
         revision = {"bench.git_revision": git_revision(), **(tags or {})}
         ours = {"bench.kind": "study", "bench.identity": self._identity}
         self._put(
@@ -96,7 +95,6 @@ class Tracker:
             params=_texts(config),
             tags=self._tags({**revision, **ours}),
             live=None if live is None else sorted(live),
-            shared=shared,
         )
 
     def dataset(self, name: str, digest: str) -> None:
@@ -115,7 +113,7 @@ class Tracker:
     ) -> None:
         """A run begins, or goes on: one with this uid is reopened. ``evaluation``: as in TrialResult."""
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
-        self._put("start", shared=self._shared, **self._described(uid, kind, config, evaluation or {}, more))
+        self._put("start", **self._described(uid, kind, config, evaluation or {}, more))
         self._open.add(uid)
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -174,20 +172,17 @@ class Tracker:
         """Wait until all is delivered; False if it is not after so many seconds."""
         return self._delivery.flush(timeout)
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout: float = 30.0) -> int:
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> int:
         """`end`, and deliver what is left for up to ``timeout`` seconds; how many operations stay in the spool."""
         self.end(status)
         return self._delivery.close(timeout)
 
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None) -> None:
-        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored.
-
-        None: the parent run goes on, with other drivers.
-        """
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored."""
         if not self._over:
             self._over = True
             self.interrupt()
-            if self._study and status is not None:
+            if self._study:
                 self._put("end", status=status)
 
     def link(self) -> dict[str, str | None]:

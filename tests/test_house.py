@@ -39,7 +39,6 @@ FLOORS = {
     "spool": 0,
     "delivery": 1,
     "disk": 0,
-    "drivers": 2,
     "learning.ops": 0,
     "front": 0,
     "headlines": 0,
@@ -157,6 +156,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "packaging": ("doctor",),
     "psutil": ("processes",),
     "sqlalchemy": ("storage",),
+    "filelock": ("journal",),
     "pyarrow": ("remote_results",),
 }
 #: Comes inside another package.
