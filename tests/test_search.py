@@ -40,7 +40,8 @@ def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def search(folder: Path, *arguments: str) -> dict[str, Any]:
     process = command(folder, *arguments)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    logs = "".join(log.read_text(errors="replace")[-4000:] for log in (folder / "results").glob("*/ray.log"))
+    assert process.returncode == 0, f"code {process.returncode}\nstdout: {out}\nstderr: {err}\nray.log: {logs}"
     found: dict[str, Any] = json.loads(out)
     return found
 
