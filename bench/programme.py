@@ -212,10 +212,9 @@ def recorded(
         write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
         if shared:
             claim.close()
-        spool = place.options.results / "spool"
-        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
-            live = None if shared else ()
-            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity, live=live)
+        results = place.options.results
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
+            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity)
             tracker.dataset(*place.dataset)
             yield tracker
 

@@ -52,14 +52,13 @@ class Open:
 
     def begin(self) -> None:
         """Find or make its run in MLflow, and tell it what is known."""
-        config, others, code = self.ready.config, self._study.drivers.others, {"bench.code": self._book["code"]}
+        config, code = self.ready.config, {"bench.code": self._book["code"]}
         self._tracker.study(
             config.name,
             config=config.to_dict(),
             tags={f"bench.{name}": getattr(config, name) for name in ("rule", "arch", "seed")} | code,
             identity=self._book["id"],
-            live=None if others else (),
-            shared=self._study.drivers.shared,
+            sweep=not self._study.drivers.others,
         )
         self._tracker.dataset(*self.ready.place.dataset)
         self.campaign.record_known()
@@ -111,8 +110,8 @@ def opened(ready: Ready, *, say: Callable[[str], None]) -> Iterator[Open]:
     ) as study:
         with patiently(study.drivers):
             book = _write_config(ready, joins=study.drivers.others > 0, say=say)
-        spool = place.options.results / "spool"
-        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
+        results = place.options.results
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             rows = RowFile(folder / "rows.jsonl", say=say)
             controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
             campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
