@@ -116,8 +116,9 @@ class Tracker:
     ) -> None:
         """A run begins, or goes on: one with this uid is reopened. ``evaluation``: as in TrialResult."""
         more = {"bench.status": "running", "bench.git_revision": git_revision(), **(tags or {})}
-        self._open[uid] = self._described(uid, kind, config, evaluation or {}, more)
-        self._put(Store.start, run=self._open[uid])
+        run = self._described(uid, kind, config, evaluation or {}, more)
+        self._put(Store.start, run=run)
+        self._open[uid] = run
 
     def report(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> None:
         """One epoch's metrics, at step = epoch. What is not finite becomes the tag ``bench.not_finite``."""

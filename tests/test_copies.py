@@ -14,8 +14,6 @@ from bench.config import UserError
 from bench.copies import Index, Use, belongs, bring, changed, files, send, sweep, whole_lines
 from bench.lease import TakenError
 from bench.objects import ObjectsAwayError, Store
-from bench.spool import Spool
-from bench.stores import embedded, key
 from flaky_store import Flaky, away
 
 STORE = Store("fsspec+flaky://lab/x")
@@ -109,18 +107,6 @@ def test_what_belongs_on_the_store(tmp_path: Path, name: str, kept: bool) -> Non
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
     assert [found for found, _ in files(tmp_path)] == [name] * kept
-
-
-def test_what_is_on_its_way_to_the_embedded_mlflow_stays_with_it(a: Machine) -> None:
-    """Another machine's has no run of it, and would refuse every operation for good."""
-    for uri in (embedded(a.folder)[0], "http://127.0.0.1:1"):
-        file = Spool(a.folder / "spool", key(uri, a.folder), uri).create("s")
-        file.append(b"{}")
-        file.close()
-    a.send()
-    assert len(list((a.folder / "spool").iterdir())) == 2
-    (there,) = STORE.listing()
-    assert key("http://127.0.0.1:1", a.folder) in there
 
 
 def test_another_machine_goes_on_and_the_first_follows(a: Machine, b: Machine) -> None:
