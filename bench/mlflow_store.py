@@ -73,12 +73,15 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What MLflow has of a study. ``runs``: run status and ``bench.status`` by uid; ``files``: sizes of artifacts."""
+    """What MLflow has of a study. ``runs``: run status and ``bench.status`` by uid; ``files``: sizes of artifacts.
 
-    status: str
-    runs: Mapping[str, tuple[str, str | None]]
-    metrics: Mapping[str, float]
-    files: Mapping[str, int | None]
+    ``status``: None if there is no run of it.
+    """
+
+    status: str | None = None
+    runs: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, int | None] = field(default_factory=dict)
 
 
 class Store:
@@ -102,12 +105,12 @@ class Store:
         with self._asked():
             operation(self, **values)
 
-    def look(self, name: str, identity: str) -> Seen | None:
-        """What MLflow has of a study now; None: nothing. Errors as in `deliver`."""
+    def look(self, name: str, identity: str) -> Seen:
+        """What MLflow has of a study now. Errors as in `deliver`."""
         with self._asked():
             parent = self._find(name, identity)
             if parent is None or self._runs is None:
-                return None
+                return Seen()
             runs = {uid: (run.status, run.outcome) for uid, run in self._runs.items()}
             files = self._client.files(parent.info.run_id)
             return Seen(status=parent.info.status, runs=runs, metrics=dict(parent.data.metrics), files=files)

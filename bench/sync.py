@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bench.config import UserError, one_line
 from bench.filed import Filed, read_filed, read_trainings, trainings_of
@@ -18,7 +18,7 @@ from bench.journal import BusyError, claimed
 from bench.mlflow_queue import UnreachableError
 from bench.mlflow_store import RUN_STATUS, Seen, Store
 from bench.reading import Found, find
-from bench.rows import TRAININGS, Row
+from bench.rows import TRAININGS
 from bench.stores import check_uri, embedded, shown
 from bench.tracking import Tracker, sharing
 
@@ -54,24 +54,6 @@ class Report:
     def agrees(self) -> bool:
         """MLflow has everything, but for what living drivers are at work on."""
         return not self.away and all(study.agrees is not False for study in self.studies)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Lack:
-    """What MLflow lacks of a study. ``running``: runs without a row that nobody runs. ``open``: so is its own run."""
-
-    rows: Sequence[Row]
-    running: Sequence[str]
-    open: bool
-    numbers: bool
-    files: Sequence[Path]
-
-    def words(self) -> list[str]:
-        """For the user; empty if there is nothing."""
-        parts = [f"{len(self.rows)} rows have no run"] if self.rows else []
-        parts += [f"{len(self.running) + self.open} runs are open"] if self.running or self.open else []
-        parts += ["its numbers are lacking"] if self.numbers else []
-        return parts + ([f"{', '.join(path.name for path in self.files)} not there"] if self.files else [])
 
 
 def sync(results: Path, tracking_uri: str | None) -> Report:
@@ -126,12 +108,12 @@ class _Sync:
             return Synced(study=TRAININGS, note=LEFT_ALONE)
         try:
             filed = read_trainings(self._results)
-            known = bool(filed.rows) or self._look(filed) is not None
+            known = bool(filed.rows) or self._look(filed).status is not None
             return self._settle(filed) if known else Synced(study=TRAININGS, agrees=True)
         except UserError as error:
             return Synced(study=TRAININGS, agrees=False, note=str(error))
 
-    def _look(self, filed: Filed) -> Seen | None:
+    def _look(self, filed: Filed) -> Seen:
         try:
             return self._store.look(filed.name, filed.identity)
         except UnreachableError:
@@ -140,22 +122,18 @@ class _Sync:
             raise UserError(f"MLflow cannot be asked about it: {str(error).splitlines()[0]}; see its log.") from error
 
     def _settle(self, filed: Filed) -> Synced:
+        """Compare, and record what is lacking; without any writing if nothing is."""
         seen = self._look(filed)
-        lack = _compare(filed, seen)
-        if not lack.words():
+        ends = {row["uid"]: (RUN_STATUS[row["status"]], row["status"]) for row in filed.rows}
+        rows = [row for row in filed.rows if seen.runs.get(row["uid"]) != ends[row["uid"]]]
+        running = sum(status == "RUNNING" and uid not in ends for uid, (status, _) in seen.runs.items())
+        status = "FINISHED" if filed.complete else "FAILED" if seen.status == "FAILED" else "KILLED"
+        is_open = seen.status in ("RUNNING", None) or (filed.complete and seen.status != status)
+        numbers = any(seen.metrics.get(name) != value for name, value in filed.metrics.items())
+        numbers = numbers or not filed.curves.keys() <= seen.metrics.keys()
+        files = [path for path in filed.files if seen.files.get(path.name) != path.stat().st_size]
+        if not (rows or running or is_open or numbers or files):
             return Synced(study=filed.name, agrees=True)
-        problems, recorded = self._record(filed, seen, lack)
-        still = _compare(filed, self._look(filed)).words()
-        return Synced(
-            study=filed.name,
-            recorded=recorded,
-            ended=len(lack.running) + (lack.open and seen is not None),
-            agrees=not (still or problems),
-            note="; ".join([", ".join(still), *problems[:_NAMED]]),
-        )
-
-    def _record(self, filed: Filed, seen: Seen | None, lack: _Lack) -> tuple[list[str], int]:
-        """Record what is lacking, as the study's driver would have; what could not be, and how many rows were."""
         problems: list[str] = []
         tracker = Tracker(self._store, self._uri)
 
@@ -170,38 +148,22 @@ class _Sync:
             return True
 
         # who ran it has said with what revision; we have not run it
-        revision = filed.rows[-1]["provenance"].get("git_revision") if seen is None and filed.rows else None
+        revision = filed.rows[-1]["provenance"].get("git_revision") if seen.status is None and filed.rows else None
         tags = {**filed.tags, "bench.git_revision": revision}
         tried("its run", tracker.study, filed.name, config=filed.config, tags=tags, identity=filed.identity)
         if filed.dataset is not None:
             tried("its data set", tracker.dataset, *filed.dataset)
-        rows = [(f"the row of {row['uid']}", row) for row in lack.rows]
-        recorded = sum(tried(what, tracker.record, row["uid"], row["kind"], row) for what, row in rows)
+        named = [(f"the row of {row['uid']}", row) for row in rows]
+        recorded = sum(tried(what, tracker.record, row["uid"], row["kind"], row) for what, row in named)
         tried("its headline", tracker.headline, filed.metrics)
         for name, points in filed.curves.items():
             tried(f"the curve {name}", tracker.curve, name, points)
-        tried("its folder", tracker.artifacts, lack.files)
-        tried("its end", tracker.end, _status(filed, seen))
-        return problems, recorded
-
-
-def _status(filed: Filed, seen: Seen | None) -> Literal["FINISHED", "FAILED", "KILLED"]:
-    """How the study's own run is to end: a driver that ended has said it, of one that was killed the rows tell."""
-    if filed.complete:
-        return "FINISHED"
-    return "FAILED" if seen is not None and seen.status == "FAILED" else "KILLED"
-
-
-def _compare(filed: Filed, seen: Seen | None) -> _Lack:
-    """What MLflow lacks."""
-    if seen is None:
-        return _Lack(rows=filed.rows, running=(), open=True, numbers=bool(filed.metrics), files=filed.files)
-    ends = {row["uid"]: (RUN_STATUS[row["status"]], row["status"]) for row in filed.rows}
-    numbers = any(seen.metrics.get(name) != value for name, value in filed.metrics.items())
-    return _Lack(
-        rows=[row for row in filed.rows if seen.runs.get(row["uid"]) != ends[row["uid"]]],
-        running=[uid for uid, (status, _) in seen.runs.items() if status == "RUNNING" and uid not in ends],
-        open=seen.status == "RUNNING" or (filed.complete and seen.status != "FINISHED"),
-        numbers=numbers or not filed.curves.keys() <= seen.metrics.keys(),
-        files=[path for path in filed.files if seen.files.get(path.name) != path.stat().st_size],
-    )
+        tried("its folder", tracker.artifacts, files)
+        tried("its end", tracker.end, status)
+        return Synced(
+            study=filed.name,
+            recorded=recorded,
+            ended=running + (is_open and seen.status is not None),
+            agrees=not problems,
+            note="; ".join(problems[:_NAMED]),
+        )
