@@ -8,8 +8,7 @@ seeds. What is finished is a row, and is never run again.
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,17 @@ from bench.checkpoint import location
 from bench.choices import OBJECTIVES
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
-from bench.drivers import LaterError
 from bench.place import Place
 from bench.rows import Row, RowFile, control_uid, result_of
 from bench.runs import FIRST_CONFIRM_SEED, Planned, Recorder, Running, Runs
 from bench.space import Space
 from bench.spaces import idle_settings
+from bench.storage import StorageAwayError
 from bench.study import Study
 from bench.summary import summarize
 
 #: The rules that every confirmed configuration stands beside.
 CONTROLS = ("backprop", "feedback")
-
-#: Seconds between two questions of a driver that waits for others.
-POLL = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +81,13 @@ class Campaign(Runs):
         super().__init__(ready.config.name, ready.place, tracker, files)  # type: ignore[arg-type]
         self.config, self._space, self._study = ready.config, ready.space, study
         self._objective = OBJECTIVES[ready.config.objective].metrics
-        self._not_before = 0.0
         self._confirms: tuple[tuple[int, ...], dict[str, Planned]] | None = None
 
     # --- what there is to run
 
     @functools.cached_property
-    def _controls(self) -> dict[str, Planned]:
-        """By uid: run once for a recipe, then shared by every study that has it.
+    def controls(self) -> dict[str, Planned]:
+        """The rules that stand beside the confirmed, by uid: run once for a recipe, which studies share.
 
         No control's B learns. Where only its updates are noisy, there is nothing to be noisy: they train without noise.
         """
@@ -105,10 +100,6 @@ class Campaign(Runs):
                 uid = control_uid(config, self._place.key)
                 tasks[uid] = Planned(config=config, kind="control", options={"read_test": True})
         return tasks
-
-    def control_tasks(self) -> dict[str, Planned]:
-        """By uid: the rules that stand beside the confirmed, with their seeds."""
-        return self._controls
 
     def confirm_tasks(self) -> dict[str, Planned]:
         """By uid: the study's best, with fresh seeds."""
@@ -132,39 +123,29 @@ class Campaign(Runs):
     @property
     def complete(self) -> bool:
         """Nothing is left to run."""
-        return not (self.searching or any(self._open(self.control_tasks())) or any(self._open(self.confirm_tasks())))
+        return not (self.searching or any(self._open(self.controls)) or any(self._open(self.confirm_tasks())))
 
     # --- director.Source
 
     def next(self) -> Task | Wait | None:
-        if time.monotonic() < self._not_before:
-            return WAIT
         try:
-            with self._study.gate():
-                task = self._next()
-        except LaterError:
-            task = WAIT
-        if task is WAIT and self._study.drivers.shared:
-            self._not_before = time.monotonic() + POLL
-        return task
-
-    def _next(self) -> Task | Wait | None:
-        self.look_again()
-        while proposal := self._study.ask():
-            config = trial_config(self.config, self._space.changes(proposal.params))
-            if proposal.uid in self._done:  # killed between the row and the tell
-                self._study.tell(proposal.uid, self._known(proposal.uid, config))
-                continue
-            return self._task(proposal.uid, Planned(config=config, kind="search"))
-        if any(self._open(self.control_tasks())):
-            self._done |= self._row_files["control"].news()  # another search may have run some meanwhile
-        for uid, plan in self._free(self.control_tasks()):
+            while proposal := self._study.ask():
+                config = trial_config(self.config, self._space.changes(proposal.params))
+                if proposal.uid in self._done:  # killed between the row and the tell
+                    self._study.tell(proposal.uid, self._known(proposal.uid, config))
+                    continue
+                return self._task(proposal.uid, Planned(config=config, kind="search"))
+        except StorageAwayError:
+            return WAIT
+        if any(self._open(self.controls)):  # another search may have run some meanwhile, and be writing just now
+            self._done |= RowFile(self._row_files["control"].path, say=lambda _: None).by_uid()
+        for uid, plan in self._open(self.controls):
             return self._task(uid, plan)
         if self.searching:
             return WAIT
-        for uid, plan in self._free(self.confirm_tasks()):
+        for uid, plan in self._open(self.confirm_tasks()):
             return self._task(uid, plan)
-        return WAIT if self.awaits_controls() or self._awaits_drivers() else None
+        return WAIT if self.awaits_controls() else None
 
     def _known(self, uid: str, config: TrialConfig) -> TrialResult:
         """The trial's result, from its row; UserError if that is of another trial: the study was put back, or lost."""
@@ -176,38 +157,13 @@ class Campaign(Runs):
             )
         return result
 
-    def _free(self, plans: Mapping[str, Planned]) -> Iterator[tuple[str, Planned]]:
-        """What of these nobody has under way, in this driver or another."""
-        return (found for found in self._open(plans) if found[0] not in self._study.drivers.taken)
-
-    def _awaits_drivers(self) -> bool:
-        """Whether another driver has the last runs under way; if it is lost, they are run here."""
-        return any(self._open(self.control_tasks())) or any(self._open(self.confirm_tasks()))
-
-    def look_again(self) -> None:
-        """Read what other drivers have filed. What failed there is not tried again here: it is one start."""
-        if self._study.drivers.shared:
-            news = self._row_files["search"].news() | self._row_files["control"].news()
-            known = {uid: row for uid, row in news.items() if uid not in self._done}
-            self._done |= known
-            self._filed_of.update(row["kind"] for row in known.values())
-            ours = [row for row in known.values() if row["study"] == self.name]
-            self._failed_here |= {row["uid"] for row in ours if row["status"] == "failed"}
-
     def awaits_controls(self) -> bool:
         """Whether another search of the same programme has a control of ours under way."""
-        following = map(self._next_attempt, self.control_tasks())
+        following = map(self._next_attempt, self.controls)
         return any(uid is not None and uid not in self._running and self.elsewhere(uid) for uid in following)
 
     def _task(self, uid: str, plan: Planned) -> Task:
-        self._study.drivers.own.add(uid)
         return super()._task(uid, plan.with_options(checkpoint=location(self._checkpoint(uid))))
-
-    def completed(self, uid: str, result: TrialResult) -> None:
-        trial = self._running[uid].plan.kind == "search"
-        super().completed(uid, result)
-        if not trial:  # a trial is given up when it is told
-            self._study.drivers.own.discard(uid)
 
     def reported(self, uid: str, epoch: int, metrics: Mapping[str, float]) -> bool:
         super().reported(uid, epoch, metrics)
@@ -222,7 +178,7 @@ class Campaign(Runs):
     # --- what is known
 
     def control_rows(self) -> list[Row]:
-        return self._rows_of(self.control_tasks())
+        return self._rows_of(self.controls)
 
     def confirm_rows(self) -> list[Row]:
         return self._rows_of(self.confirm_tasks())
@@ -254,7 +210,7 @@ class Campaign(Runs):
             for n, what in ((counts.stopped, "stopped"), (counts.diverged, "diverged"), (counts.failed, "failed"))
             if n
         ]
-        controls, confirms = self.control_tasks(), {} if self.searching else self.confirm_tasks()
+        controls, confirms = self.controls, {} if self.searching else self.confirm_tasks()
         parts.append(f"controls {self._settled(controls)}/{len(controls)}")
         if confirms:
             parts.append(f"confirmed {self._settled(confirms)}/{len(confirms)}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -140,8 +139,8 @@ class Director:
         return self.exhausted and not self.live and not self._again
 
     @_guarded
-    def suggest(self, trial_id: str) -> dict[str, str] | None:
-        """Tune's configuration of the next trial: the whole task as one string, which Tune lets be."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial as Tune's configuration, with the coefficients where Ray's own tools look for parameters."""
         self.beat()
         live = self._next() if len(self.live) < min(self._room(), self._most) else None
         if live is None:
@@ -149,8 +148,7 @@ class Director:
         self.live[trial_id] = live
         task = live.task
         options = {**task.options, **self._also}
-        said = {"trial": self._trial, "config": task.config.to_dict(), "options": options, "source": source_digest()}
-        return {"task": json.dumps(said)}
+        return {"trial": self._trial, "config": task.config.to_dict(), "options": options, "source": source_digest()}
 
     def _next(self) -> _Live | None:
         if self._again:

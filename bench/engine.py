@@ -103,7 +103,7 @@ class _Search(Searcher):  # type: ignore[misc]  # Ray has no types
         super().__init__()
         self._director = director
 
-    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         task = self._director.suggest(trial_id)
         return Searcher.FINISHED if self._director.over or self._director.stopping else task
 
@@ -252,16 +252,17 @@ def _keep_last_words(folder: Path, log: Path) -> None:
 class _Worker(tune.Trainable):  # type: ignore[misc]
     """One process for many trials, one after the other."""
 
-    def setup(self, config: dict[str, str]) -> None:
-        self._running = Running(config["task"])
+    def setup(self, config: dict[str, Any]) -> None:
+        self._running = Running(config)
 
     def step(self) -> dict[str, Any]:
         message = self._running.next_message()
+        # one string: of everything else Tune keeps statistics, number by number
         return {"message": json.dumps(message), "done": "result" in message}
 
-    def reset_config(self, new_config: dict[str, str]) -> bool:
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._running.stop()
-        self._running = Running(new_config["task"])
+        self._running = Running(new_config)
         return True
 
     def cleanup(self) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
 from bench.config import UserError
-from bench.disk import disk_error, on_disk
+from bench.disk import on_disk
 
 #: What a folder under the results can be of, by the file that says so.
 BOOKS = {
@@ -34,49 +35,35 @@ class BusyError(UserError):
     """Another process has the study."""
 
 
-def claim(folder: Path, *, shared: bool = False) -> int:
-    """Take ``folder`` (made if need be) for this process; returns the descriptor that holds it.
+def claim(folder: Path) -> AcquireReturnProxy:
+    """Take ``folder`` (made if need be) for this process, until the returned context is left or the process ends.
 
-    The operating system lets go of it when this process ends, however it ends; ``os.close`` does so
-    before. ``shared``: with others that take it so, and with none that does not. `BusyError` if another
-    process has it; a UserError if it cannot be written.
+    Raises:
+        BusyError: another process has it.
+        UserError: it cannot be written or locked.
     """
+    lock = FileLock(folder / "lock", blocking=False, fallback_to_soft=False, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --results folder.") from error
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.read(descriptor, 40).decode() or "unknown"
-        os.close(descriptor)
+        held = lock.acquire()
+    except Timeout as error:
+        owner = (folder / "lock").read_text() or "unknown"
         raise BusyError(
-            f"the study in {folder} is being run by another process ({owner}); wait for it, end it, or "
-            "use another --name."
+            f"study {folder.name!r} in {folder.parent} is being run by another process ({owner}); wait for it, or end "
+            "it."
         ) from error
     except OSError as error:
-        os.close(descriptor)
         raise UserError(
-            f"cannot lock {folder} ({error.strerror}); choose a --results folder on a local disk."
+            f"cannot write to {folder}, or lock it ({error.strerror}); choose another --results folder, on a disk that "
+            "has locks."
         ) from error
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"with --storage" if shared else str(os.getpid()).encode(), 0)
-    except OSError as error:
-        os.close(descriptor)
-        raise disk_error(folder / "lock", error) from error
-    return descriptor
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """`claim` the folder within."""
-    descriptor = claim(folder)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+        with on_disk(folder / "lock"):
+            (folder / "lock").write_text(f"{os.getpid()} on {platform.node()}")
+    except UserError:
+        lock.release()
+        raise
+    return held
 
 
 def mend(journal: Path, say: Callable[[str], None]) -> None:

@@ -77,7 +77,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def _is_claimed(folder: Path) -> bool:
-    """Whether a living process has the study, or several have it together."""
+    """Whether a living process has the study."""
     try:
         with (folder / "lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """`bench matrix`: every subset of the primitives, searched with equal budgets, beside its controls.
 
 Each subset is a search like any other (`bench.plans`, `bench.programme`): what exists is reused, and the searches may
-be run in any order, and by several processes that share a folder. What comes of it is said in `bench.matrix_summary`,
+be run in any order, also by `bench search`. What comes of it is said in `bench.matrix_summary`,
 from the rows that the searches left, whoever ran them.
 """
 
@@ -121,7 +121,7 @@ def matrix(
     config, place = prepared.config, prepared.place
     folder = place.options.results / config.name
     tags = {"bench.archs": ",".join(config.archs), "bench.primitives": ",".join(config.primitives)}
-    with recorded(config, config.name, BOOK, place, tags=tags, say=say, shared=True) as tracker:
+    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
         with Programme(config.name, [prepared.searches[w] for w in prepared.run], say=say) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)

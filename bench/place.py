@@ -25,7 +25,7 @@ class Options:
     """How a command runs; none of it is part of what is found. ``concurrent``: None is one trial per core (or GPU).
 
     ``address``: of a Ray cluster to join; None: one of our own, on this machine. ``storage``: the URL of an Optuna
-    storage on a server; None: a journal in the study's folder. ``gpus_per_trial``: None divides what there is.
+    storage; None: a journal in the study's folder. ``gpus_per_trial``: None divides what there is.
     ``store``: the URI that ``results`` is this machine's working copy of; None: they are kept where they are.
     """
 

@@ -19,7 +19,7 @@ from bench.campaign import Campaign, Ready
 from bench.config import Strict, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.files import read_yaml, write_atomic, write_yaml
-from bench.journal import BusyError, check_kind, claimed
+from bench.journal import BusyError, check_kind, claim
 from bench.pages.parts import Page
 from bench.pages.render import PAGE, write
 from bench.place import Place
@@ -189,16 +189,15 @@ class Programme:
 
 @contextmanager
 def recorded(
-    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say, shared: bool = False
+    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say
 ) -> Iterator[Tracker]:
     """A plan's own folder, claimed for this process, and its run in MLflow. ``book``: the file that keeps ``config``.
 
-    ``shared``: it has no runs of its own, and several processes may carry it out. UserError where the folder is of
-    something else, was begun with other data or another kind of device, or with a plan that this one does not cover.
+    UserError where the folder is of something else, was begun with other data or another kind of device, or with a plan
+    that this one does not cover.
     """
     folder = place.options.results / name
-    with ExitStack() as claim:
-        claim.enter_context(claimed(folder))
+    with claim(folder):
         check_kind(folder, book)
         path = folder / book
         before = read_yaml(path) if path.exists() else {}
@@ -210,8 +209,6 @@ def recorded(
         check_covers(name, before.get("config", {}), config)
         identity = str(before.get("id") or uuid.uuid4().hex)
         write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
-        if shared:
-            claim.close()
         results = place.options.results
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             tracker.study(name, config=config.to_dict(), tags=tags, identity=identity)

@@ -1,4 +1,4 @@
-"""What to try next: the given trials of a warm start, and then what a sampler makes of the trials so far.
+"""What to try next: the given trials of a warm start, or the middle of the space, and then what a sampler proposes.
 
 A proposal is a function of the study's configuration and of those trials alone: the sampler is made afresh for the
 trial's number, and sees a copy of the study in memory.
@@ -7,6 +7,7 @@ trial's number, and sees a copy of the study in memory.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -56,13 +57,16 @@ def propose(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters for the next trial, and what the sampler wants kept with it (CMA-ES: its state).
 
-    Trial i of a warm start is ``config.warm[i]``. The sampler sees what `as_completed` makes of stopped trials (with
-    two objectives there are none), and of many trials those that are `shown`. A parameter whose switch is off is no
-    parameter of the trial: the switches are proposed first.
+    Trial i of a warm start is ``config.warm[i]``; without one, the first trial is the `middle`, but for a space with
+    switches. The sampler sees what `as_completed` makes of stopped trials (with two objectives there are none), and of
+    many trials those that are `shown`. A parameter whose switch is off is no parameter of the trial: the switches are
+    proposed first.
     """
     number = len(trials)
     if number < len(config.warm):
         return _settled(config.warm[number], distributions), {}
+    if number == 0 and not conditions:
+        return _settled(middle(distributions), distributions), {}
     seed = random.Random(f"{config.seed}:{number}").randrange(2**31)
     sampler = make_sampler(config.sampler, seed, budget(config, distributions))
     several = len(OBJECTIVES[config.objective].metrics)
@@ -75,6 +79,25 @@ def propose(
             _suggest(trial, name, distributions[name])
     state = copy.get_trials(deepcopy=False)[len(seen)].system_attrs
     return dict(trial.params), {key: value for key, value in state.items() if key.startswith("cma:")}
+
+
+def middle(distributions: Distributions) -> dict[str, Any]:
+    """Compute the middle of the space: of each range, on its scale (log: √(low·high)); of choices the first.
+
+    Whoever sets the bounds expects the best there, and a small search has nothing better to begin with.
+    """
+    return {name: _middle(distribution) for name, distribution in distributions.items()}
+
+
+def _middle(distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    assert isinstance(distribution, FloatDistribution | IntDistribution), distribution
+    low, high, step = distribution.low, distribution.high, distribution.step
+    value = math.sqrt(low * high) if distribution.log else (low + high) / 2
+    if step is not None:
+        value = low + step * math.floor((value - low) / step)
+    return min(max(value, low), high)  # rounding alone leads out
 
 
 def shown(trials: Sequence[FrozenTrial], most: int) -> list[FrozenTrial]:

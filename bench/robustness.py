@@ -15,7 +15,7 @@ from bench.config import TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.figures import robustness_figure
 from bench.files import read_yaml, write_atomic, write_yaml
-from bench.journal import check_kind, claimed
+from bench.journal import check_kind, claim
 from bench.pages.render import PAGE, write
 from bench.pages.robustness import robustness_page
 from bench.place import Options, Place, survey
@@ -220,7 +220,7 @@ def measure(
     start or in an earlier one, or a run failed, which the next start will try again.
     """
     place, folder, name = ready.place, ready.folder, ready.config.name
-    with claimed(folder):
+    with claim(folder):
         identity, kept = _write_config(ready, keep_networks)
         results = place.options.results
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:

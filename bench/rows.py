@@ -73,7 +73,6 @@ class RowFile:
         self._end = 0  # so many bytes
         self._known = False  # it has been there
         self._missing = [f for f in reversed(path.absolute().parents) if not f.exists()]
-        self._read_end = 0  # of what was read by `news`
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one line, and return when it is on the disk.
@@ -113,22 +112,6 @@ class RowFile:
         file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_APPEND | made, 0o666), "a+")
         self._known = True
         return file
-
-    def news(self) -> dict[str, Row]:
-        """By uid, the rows that were appended since the last call; at first, all. A torn last line is not there yet."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._read_end)
-                whole, _ = _split(file.read())
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise UserError(
-                f"cannot read {self.path}: {error.strerror}; permit it, or remove what is there."
-            ) from error
-        self._read_end += len(whole)
-        rows = [found for line in whole.splitlines() if (found := _load(line)) is not None]  # `read` says what is not
-        return {row["uid"]: row for row in rows}
 
     def _catch_up(self, file: io.FileIO) -> None:
         """Learn what others appended since, and cut what a killed writer left behind."""

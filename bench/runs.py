@@ -201,8 +201,7 @@ class Runs:
         """Remove the checkpoints of what has a row; ``at_the_end`` all, if nothing is left to run.
 
         A kill between a row and `_tidy` leaves one, as does a control that another search has finished; and in the end
-        the confirmation of what is no longer among the best. No other driver may be at work on this study. (Those on a
-        store are the mirror's: `bench.copies.sweep`.)
+        the confirmation of what is no longer among the best. (Those on a store are the mirror's: `bench.copies.sweep`.)
         """
         folder = self._place.options.kept(self.name)
         if isinstance(folder, Path):

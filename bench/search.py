@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench.campaign import Campaign, Ready, trial_config
 from bench.choices import OBJECTIVES, check_choices
 from bench.config import StudyConfig, UserError
-from bench.drivers import patiently
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.front import spread
 from bench.journal import check_kind
@@ -24,7 +23,7 @@ from bench.provenance import code_of, provenance
 from bench.rows import RowFile
 from bench.runs import Outcome, carry_out
 from bench.space import Space
-from bench.study import MAY_CHANGE, Study
+from bench.study import Study
 from bench.summary import headline
 from bench.tracking import Tracker
 from bench.training import resolve_coefficients
@@ -42,45 +41,15 @@ def check(config: StudyConfig, space: Space, options: Options, place: Place | No
 
 
 class Open:
-    """A search under way: its study and rows, and its run in MLflow. Made by `opened`."""
+    """A search under way, and its run in MLflow. Made by `opened`."""
 
-    def __init__(
-        self, ready: Ready, study: Study, campaign: Campaign, tracker: Tracker, book: Mapping[str, Any]
-    ) -> None:
-        self.ready, self.campaign, self._tracker = ready, campaign, tracker
-        self._study, self._book = study, book
-
-    def begin(self) -> None:
-        """Find or make its run in MLflow, and tell it what is known."""
-        config, code = self.ready.config, {"bench.code": self._book["code"]}
-        self._tracker.study(
-            config.name,
-            config=config.to_dict(),
-            tags={f"bench.{name}": getattr(config, name) for name in ("rule", "arch", "seed")} | code,
-            identity=self._book["id"],
-            sweep=not self._study.drivers.others,
-        )
-        self._tracker.dataset(*self.ready.place.dataset)
-        self.campaign.record_known()
-        with patiently(self._study.drivers):  # none comes in meanwhile
-            if not self._study.drivers.others:
-                self.campaign.sweep()
-
-    def leave(self) -> bool:
-        """Of several drivers, the last one ends the search's run in MLflow, when all of it is recorded."""
-        last, shared = self._study.drivers.leave(), self._study.drivers.shared
-        self.campaign.look_again()
-        if last and shared:
-            self._tracker.interrupt()
-            self.begin()
-        return last
+    def __init__(self, folder: Path, campaign: Campaign, tracker: Tracker) -> None:
+        self.campaign, self._folder, self._tracker = campaign, folder, tracker
 
     def finish(self, outcome: Outcome) -> dict[str, Any]:
         """Write and record what is known by now; the summary of it."""
-        folder, tracker = self.ready.folder, self._tracker
-        last = self.leave()
-        if last:
-            self.campaign.sweep(at_the_end=True)
+        folder, tracker = self._folder, self._tracker
+        self.campaign.sweep(at_the_end=True)
         summary = self.campaign.summary()
         _write_best(folder, self.campaign, summary)
         if summary["objective"] == "both":
@@ -91,7 +60,7 @@ class Open:
             write(search_page(summary, *rows), folder / PAGE)
         files = ("study.yaml", "rows.jsonl", "journal.log", "storage.yaml", "best.yaml", "front.json", PAGE)
         tracker.artifacts([folder / name for name in files if (folder / name).exists()])
-        tracker.close(None if not last else "KILLED" if outcome == "interrupted" else "FINISHED")
+        tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
         return {**summary, "folder": str(folder), "mlflow": tracker.link()}
 
 
@@ -108,22 +77,19 @@ def opened(ready: Ready, *, say: Callable[[str], None]) -> Iterator[Open]:
         conditions=ready.space.conditions(),
         url=place.options.storage,
     ) as study:
-        with patiently(study.drivers):
-            book = _write_config(ready, joins=study.drivers.others > 0, say=say)
+        book = _write_config(ready, say)
         results = place.options.results
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             rows = RowFile(folder / "rows.jsonl", say=say)
             controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
             campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
-            it = Open(ready, study, campaign, tracker, book)
-            it.begin()
-            try:
-                yield it
-            except BaseException:
-                with suppress(UserError):  # there is an error already
-                    if not study.drivers.leave():
-                        tracker.close(None)
-                raise
+            tags = {f"bench.{name}": getattr(config, name) for name in ("rule", "arch", "seed")}
+            tags["bench.code"] = book["code"]
+            tracker.study(config.name, config=config.to_dict(), tags=tags, identity=book["id"])
+            tracker.dataset(*place.dataset)
+            campaign.record_known()
+            campaign.sweep()
+            yield Open(folder, campaign, tracker)
 
 
 def search(
@@ -143,11 +109,11 @@ def search(
         return outcome, it.finish(outcome)
 
 
-def _write_config(ready: Ready, *, joins: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def _write_config(ready: Ready, say: Callable[[str], None]) -> dict[str, Any]:
     """Keep the resolved configuration with the study; with the id by which MLflow tells it from others of its name.
 
     ``code``: all that it was carried out with, in order. UserError for a smaller budget than before, for other data or
-    another kind of device, and for another budget than that of the drivers that it ``joins``.
+    another kind of device.
     """
     config, path = ready.config, ready.folder / "study.yaml"
     check_kind(ready.folder, "study.yaml")
@@ -164,24 +130,11 @@ def _write_config(ready: Ready, *, joins: bool, say: Callable[[str], None]) -> d
             f"study {config.name!r} was begun on {before.get('runs_on')!r} (device, digest of the data), and this is "
             f"{ready.place.key!r}; use the same, or another --name."
         )
-    if joins:
-        _check_same_budget(known, config)
     identity = str(before.get("id") or uuid.uuid4().hex)
     code = _code(before, config.name, say)
     book = {"id": identity, "runs_on": ready.place.key, "code": code, "config": config.to_dict()}
     write_yaml(path, book)
     return book
-
-
-def _check_same_budget(known: Mapping[str, Any], config: StudyConfig) -> None:
-    """A budget may grow, but not while others run it."""
-    for name in MAY_CHANGE:
-        if known.get(name) != getattr(config, name):
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"study {config.name!r} is being run with {option} {known.get(name)}; use the same to join, or wait "
-                "for its end."
-            )
 
 
 def _code(before: Mapping[str, Any], name: str, say: Callable[[str], None]) -> list[dict[str, Any]]:

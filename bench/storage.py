@@ -1,4 +1,4 @@
-"""Where a study is kept: in a journal in its folder, or, for several drivers, in an Optuna storage on a server."""
+"""Where a study is kept: in a journal in its folder, or in an Optuna storage (PostgreSQL, MySQL, SQLite)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from bench.config import UserError
-from bench.drivers import LaterError
 from bench.files import read_yaml, write_yaml
 from bench.journal import WholeLines, mend
 from bench.stores import alone, check_storage, shown
@@ -53,7 +52,7 @@ _CONNECT: dict[str, dict[str, Any]] = {
 BOOK, JOURNAL = "storage.yaml", "journal.log"
 
 
-class StorageAwayError(LaterError):
+class StorageAwayError(Exception):
     """The storage does not answer now; what it was asked to write, it may have written."""
 
 
@@ -98,7 +97,7 @@ class Line:
 
 @contextmanager
 def kept(folder: Path, name: str, url: str | None, say: Say) -> Iterator[tuple[BaseStorage, str | None]]:
-    """Open the storage of a study, and in it the study; call it behind the gate of the study's drivers.
+    """Open the storage of a study, and in it the study; `bench.journal.claim` its folder first.
 
     Also gives the identity that the study has on a server. UserError for whatever keeps it from being opened, then
     and within: it does not answer, is damaged, or is not where this folder's study is kept.

@@ -6,19 +6,18 @@ from the values reported so far, and a trial that a dead driver left running is 
 stands: same number, uid, parameters and reported values. Each change is one line of the journal, or one
 transaction, so that there is nothing half done to repair.
 
-The record is a journal in the study's folder, for one driver, or on a server, for several (`bench.drivers`): only
-one of them asks at a time. While the server does not answer, what runs goes on: what is to be written is kept, and
-written when it answers; and nothing new is handed out.
+The record is a journal in the study's folder, or a database on a server; one process writes it, which has the folder
+claimed. While the server does not answer, what runs goes on: what is to be written is kept, and written when it
+answers; and nothing new is handed out.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,8 +30,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bench.choices import OBJECTIVES, PATIENCE, SAMPLERS, SCHEDULERS, check_choices
 from bench.config import StudyConfig, TrialResult, UserError
-from bench.drivers import Alone, Drivers, Together, patiently
 from bench.front import spread
+from bench.journal import claim
 from bench.proposals import Conditions, Distributions, Proposal, Ranked, budget, check_warm, is_diverged, propose
 from bench.storage import Line, StorageAwayError, hang_up, kept
 from bench.stores import shown
@@ -43,9 +42,6 @@ Say = Callable[[str], None]
 
 #: What may change between one start of a study and the next.
 MAY_CHANGE = ("trials", "confirm_top", "confirm_seeds")
-
-#: Seconds for which what other drivers did need not be seen, where nothing is decided by it.
-_RECENT = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +57,7 @@ class Counts:
 
 
 class Study:
-    """One search. Kept in ``folder/journal.log``, one process at a time may have it open; in a storage, several."""
+    """One search, which one process at a time may have open."""
 
     def __init__(
         self,
@@ -71,14 +67,13 @@ class Study:
         conditions: Conditions,
         chance: float,
         storage: BaseStorage,
-        drivers: Drivers,
         line: Line,
-        say: Say,
     ) -> None:
         """Use `Study.open`."""
         self.folder, self.config = folder, config
         self._distributions, self._conditions = dict(distributions), dict(conditions)
-        self._chance, self._storage, self._drivers, self._line, self._say = chance, storage, drivers, line, say
+        self._chance, self._storage, self._line = chance, storage, line
+        self._lock = ExitStack()
         self._owed: deque[Callable[[], object]] = deque()
         self._metrics = OBJECTIVES[config.objective].metrics
         self._pruner = SCHEDULERS[config.scheduler].make(config.epochs)
@@ -94,10 +89,8 @@ class Study:
             pruner=self._pruner,
         )
         self._id = storage.get_study_id_from_name(config.name)
-        self._known: list[FrozenTrial] = []
-        self._unfinished: set[int] = set()
-        self._read()
-        self._left = {t.number for t in self._free()}  # interrupted before this start, and said so
+        self._known: list[FrozenTrial] = self._study.get_trials(deepcopy=False)  # nobody else writes
+        self._held: set[int] = set()  # the running trials that this process has
 
     @classmethod
     def open(
@@ -115,43 +108,29 @@ class Study:
 
         ``distributions``: Optuna's, by parameter. ``chance``: the accuracy of guessing, which a diverged
         trial counts as in every objective. ``conditions``: the parameters that only some trials have, each
-        with its switch. ``url``: of an Optuna storage, for several drivers; else it is a journal in the
-        folder. A UserError if another process has the study open (that cannot be joined), if it was begun
-        with other settings or is kept elsewhere, if its journal is damaged or its storage does not answer, or
-        if its warm trials lie outside the space.
+        with its switch. ``url``: of an Optuna storage; else it is a journal in the folder. A UserError if
+        another process has the study open, if it was begun with other settings or is kept elsewhere, if its
+        journal is damaged or its storage does not answer, or if its warm trials lie outside the space.
         """
         conditions = conditions or {}
         check_choices(config)
         assert not conditions or SAMPLERS[config.sampler].conditional, f"{config.sampler} cannot see conditions"
         check_warm(config, distributions, conditions)
-        drivers: Drivers = Alone(folder) if url is None else Together(folder)
-        try:
-            with patiently(drivers), kept(folder, config.name, url, say) as (storage, identity):
+        with ExitStack() as lock:
+            lock.enter_context(claim(folder))
+            with kept(folder, config.name, url, say) as (storage, identity):
                 line = Line(f"the storage at {shown(url or str(folder))}", say)
-                study = cls(folder, config, distributions, conditions, chance, storage, drivers, line, say)
+                study = cls(folder, config, distributions, conditions, chance, storage, line)
                 study._check_settings(identity)
-        except BaseException:
-            drivers.close()
-            raise
-        if drivers.others:
-            say(f"{config.name}: joins {drivers.others} other driver{'s' if drivers.others > 1 else ''}.")
-        if study._left:
-            say(f"{config.name}: {len(study._left)} interrupted trials go on.")
+            study._lock = lock.pop_all()
+        if interrupted := study.counts().running:
+            say(f"{config.name}: {interrupted} interrupted trials go on.")
         return study
-
-    @property
-    def drivers(self) -> Drivers:
-        """Who else carries it out."""
-        return self._drivers
-
-    def gate(self) -> AbstractContextManager[None]:
-        """Within, no other driver asks; `bench.drivers.LaterError` if that cannot be had now."""
-        return self._drivers.gate()
 
     def close(self) -> None:
         """Let others open it."""
         hang_up(self._storage)
-        self._drivers.close()
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -167,14 +146,16 @@ class Study:
     def ask(self) -> Proposal | None:
         """A trial to run: first those that a dead driver left, then new ones; None when all are given out.
 
-        `bench.drivers.LaterError` if that cannot be known now.
+        `bench.storage.StorageAwayError` if that cannot be known now.
         """
-        with self._drivers.gate(), self._line.trying():
+        with self._line.trying():
             self._pay()
-            trials = self._read()
-            if left := self._free():
-                self._take(left[0])
-                return Proposal(uid=self._uid(left[0].number), number=left[0].number, params=dict(left[0].params))
+            # with a trial that was added before, if the storage has written it without an answer
+            self._known = trials = self._study.get_trials(deepcopy=False)
+            for trial in trials:
+                if trial.state == TrialState.RUNNING and trial.number not in self._held:
+                    self._held.add(trial.number)
+                    return Proposal(uid=self._uid(trial.number), number=trial.number, params=dict(trial.params))
             number = len(trials)
             if number >= self.budget:
                 return None
@@ -187,22 +168,16 @@ class Study:
                 user_attrs={"uid": uid},
                 system_attrs=state,
             )
-            self._add(trial, number)
-            self._drivers.own.add(uid)
-            self._read_at = 0.0
+            self._study.add_trial(trial)
+            self._refresh(number)
+            self._held.add(number)
             return Proposal(uid=uid, number=number, params=params)
 
-    def _free(self) -> list[FrozenTrial]:
-        """The running trials that no living driver has."""
-        taken = self._drivers.own | self._drivers.taken
-        running = [self._known[number] for number in sorted(self._unfinished)]
-        return [t for t in running if t.state == TrialState.RUNNING and self._uid(t.number) not in taken]
-
-    def _take(self, trial: FrozenTrial) -> None:
-        uid = self._uid(trial.number)
-        self._drivers.own.add(uid)
-        if trial.number not in self._left:
-            self._say(f"{uid}: the driver that had it is gone; it goes on here.")
+    def _refresh(self, number: int) -> FrozenTrial:
+        """Read a trial that was written."""
+        trial = self._storage.get_trial(self._trial_id(number))
+        self._known[number : number + 1] = [trial]
+        return trial
 
     def report(self, uid: str, epoch: int, value: float) -> bool:
         """Note the objective's metric after an epoch; True: stop the trial here.
@@ -218,13 +193,13 @@ class Study:
         return bool(self._write(functools.partial(self._note, uid, epoch, value)))
 
     def _note(self, uid: str, epoch: int, value: float) -> bool:
-        trial_id = self._trial_id(uid)
-        trial = self._storage.get_trial(trial_id)
+        number = self._number(uid)
+        trial_id, trial = self._trial_id(number), self._refresh(number)
         if epoch >= trial.user_attrs.get("stop_at", math.inf):
             return True
         if epoch not in trial.intermediate_values:
             self._storage.set_trial_intermediate_value(trial_id, epoch, value)
-            trial = self._storage.get_trial(trial_id)
+            trial = self._refresh(number)
         if trial.last_step != epoch or not self._should_stop(trial, epoch):
             return False
         self._storage.set_trial_user_attr(trial_id, "stop_at", epoch)
@@ -239,8 +214,6 @@ class Study:
         except StorageAwayError:
             self._owed.append(again or writing)
             return None
-        finally:
-            self._read_at = 0.0
 
     def _pay(self) -> None:
         while self._owed:
@@ -250,7 +223,7 @@ class Study:
     def _should_stop(self, trial: FrozenTrial, epoch: int) -> bool:
         if not self._pruner.prune(self._study, trial):  # asked in any case: it keeps its rungs' records
             return False
-        others = sum(epoch in t.intermediate_values for t in self._read()) - 1
+        others = sum(epoch in t.intermediate_values for t in self._known) - 1
         return others >= PATIENCE and epoch < self.config.epochs
 
     def tell(self, uid: str, result: TrialResult) -> None:
@@ -265,10 +238,10 @@ class Study:
         self._write(tell, again=functools.partial(tell, again=True))
 
     def _told(self, uid: str, result: TrialResult, values: list[float] | None, *, again: bool = False) -> None:
-        trial_id, number = self._trial_id(uid), self._number(uid)
-        if again and self._storage.get_trial(trial_id).state.is_finished():  # told before, but for the answer
-            self._drivers.own.discard(uid)
+        number = self._number(uid)
+        if again and self._refresh(number).state.is_finished():  # told before, but for the answer
             return
+        trial_id = self._trial_id(number)
         self._storage.set_trial_user_attr(trial_id, "status", result.status)
         if result.reason is not None:
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
@@ -276,7 +249,7 @@ class Study:
             self._study.tell(number, values)
         else:
             self._study.tell(number, state=TrialState.PRUNED if result.status == "stopped" else TrialState.FAIL)
-        self._drivers.own.discard(uid)
+        self._refresh(number)
 
     def _values(self, uid: str, result: TrialResult) -> list[float] | None:
         """What the trial is worth in each objective; None if it had no full budget."""
@@ -292,16 +265,15 @@ class Study:
 
     def counts(self) -> Counts:
         """Trials by what became of them."""
-        trials = self._trials()
-        states = [t.state for t in trials]
-        diverged = sum(is_diverged(t) for t in trials)
+        states = [t.state for t in self._known]
+        diverged = sum(is_diverged(t) for t in self._known)
         return Counts(
             finished=states.count(TrialState.COMPLETE) - diverged,
             stopped=states.count(TrialState.PRUNED),
             diverged=diverged,
             failed=states.count(TrialState.FAIL),
             running=states.count(TrialState.RUNNING),
-            remaining=max(0, self.budget - len(trials)),
+            remaining=max(0, self.budget - len(states)),
         )
 
     def best(self, n: int) -> list[Ranked]:
@@ -309,7 +281,7 @@ class Study:
 
         With two objectives: n of their Pareto front, chosen by `bench.front.spread`, and in its order.
         """
-        whole = [t for t in self._trials() if t.state == TrialState.COMPLETE and not is_diverged(t)]
+        whole = [t for t in self._known if t.state == TrialState.COMPLETE and not is_diverged(t)]
         if len(self._metrics) > 1:
             points = [(t.values[0], t.values[1]) for t in whole]
             ranked = [whole[i] for i in spread(points, n, (self._chance, self._chance))]
@@ -340,37 +312,6 @@ class Study:
             begun = f"study {self.config.name!r} was begun with other settings ({'; '.join(changed)})"
             raise UserError(f"{begun}; use those to go on with it, or another --name.")
 
-    def _read(self) -> list[FrozenTrial]:
-        """All trials. Where nobody else writes, only those are read again that were not over: a search of n trials
-        would else read n² of them."""
-        if self._known and not self._drivers.shared:
-            for number in self._unfinished:
-                self._known[number] = self._read_one(number)
-            self._unfinished = {n for n in self._unfinished if not self._known[n].state.is_finished()}
-        else:
-            self._known = self._study.get_trials(deepcopy=False)
-            self._unfinished = {t.number for t in self._known if not t.state.is_finished()}
-        self._read_at = time.monotonic()
-        return self._known
-
-    def _read_one(self, number: int) -> FrozenTrial:
-        return self._storage.get_trial(self._trial_id(self._uid(number)))
-
-    def _add(self, trial: FrozenTrial, number: int) -> None:
-        self._study.add_trial(trial)
-        self._known.append(self._read_one(number))  # nobody else asks now, so that it is the next
-        self._unfinished.add(number)
-
-    def _trials(self) -> list[FrozenTrial]:
-        """As last known, while the storage is away or where it was asked just now."""
-        if self._drivers.shared and time.monotonic() - self._read_at < _RECENT:
-            return self._known
-        try:
-            with self._line.trying():
-                return self._read()
-        except StorageAwayError:
-            return self._known
-
     def _uid(self, number: int) -> str:
         return f"{self.config.name}-{number:04d}"
 
@@ -379,8 +320,8 @@ class Study:
         assert uid == self._uid(number), f"{uid} is no trial of {self.config.name}"
         return number
 
-    def _trial_id(self, uid: str) -> int:
-        trial_id: int = self._storage.get_trial_id_from_study_id_trial_number(self._id, self._number(uid))
+    def _trial_id(self, number: int) -> int:
+        trial_id: int = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
         return trial_id
 
 

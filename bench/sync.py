@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.config import UserError, one_line
 from bench.filed import Filed, read_filed, read_trainings, trainings_of
-from bench.journal import BusyError, claimed
+from bench.journal import BusyError, claim
 from bench.mlflow_queue import UnreachableError
 from bench.mlflow_store import RUN_STATUS, Seen, Store
 from bench.reading import Found, find
@@ -94,7 +94,7 @@ class _Sync:
     def _study(self, found: Found) -> Synced:
         """Settle it, unless a living driver has its folder."""
         try:
-            with claimed(found.folder):
+            with claim(found.folder):
                 return self._settle(read_filed(found))
         except BusyError:
             return Synced(study=found.name, note=LEFT_ALONE)

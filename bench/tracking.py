@@ -177,7 +177,7 @@ class Tracker:
         """Wait until all is delivered; False if it is not after so many seconds."""
         return self._queue is None or self._queue.flush(timeout)
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None = "FINISHED", timeout: float = 30.0) -> int:
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", timeout: float = 30.0) -> int:
         """`end`, and deliver what is left for up to ``timeout`` seconds; how many operations MLflow did not take.
 
         `bench sync`, and the next start of the same command, record from the rows what is lacking then.
@@ -186,15 +186,12 @@ class Tracker:
         self._lost = 0 if self._queue is None else self._queue.close(timeout)
         return self._lost
 
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] | None) -> None:
-        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored.
-
-        None: the parent run goes on, with other drivers.
-        """
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End the parent run with this status, and runs that are still open as interrupted; what follows is ignored."""
         if not self._over:
             self._over = True
             self.interrupt()
-            if self._study and status is not None:
+            if self._study:
                 self._put(Store.end, status=status)
 
     def link(self) -> dict[str, Any]:

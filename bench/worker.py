@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import json
 import queue
 import threading
 import traceback
@@ -42,14 +41,13 @@ class Running:
     too little. All JSON-ready. But for a WorkerLostError, which is raised again where the message is waited for.
     """
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: Mapping[str, Any]) -> None:
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        content = json.loads(task)
         source = begin()
-        self._changed = content.get("source", source) != source
-        self._config = TrialConfig.from_dict(content["config"])
-        self._thread = threading.Thread(target=self._work, args=(content["trial"], content["options"]), daemon=True)
+        self._changed = task.get("source", source) != source
+        self._config = TrialConfig.from_dict(task["config"])
+        self._thread = threading.Thread(target=self._work, args=(task["trial"], task["options"]), daemon=True)
 
     def next_message(self) -> dict[str, Any]:
         """Begin, or answer the last report with "go on"; then wait for the next message."""

@@ -1,4 +1,4 @@
-"""One driver of a search, as a script to be killed: python storage_driver.py RESULTS URL TRIALS SECONDS_PER_EPOCH.
+"""The driver of a search, as a script to be killed: python storage_driver.py RESULTS URL TRIALS SECONDS_PER_EPOCH.
 
 What `bench search --storage` does, without Ray, training and MLflow. Prints one line per event.
 """

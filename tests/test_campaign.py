@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.campaign import Campaign, Ready
-from bench.config import StudyConfig, TrialResult
+from bench.config import StudyConfig, TrialResult, UserError
 from bench.engine import WAIT, Task
+from bench.files import read_yaml, write_yaml
 from bench.place import Options, Place, Share
-from bench.rows import RowFile
+from bench.rows import RowFile, row
+from bench.search import opened
 from bench.space_files import load_space
 from bench.study import Study
+from rehearsal import Formula, Stage, stage  # noqa: F401
 
 SPACE = load_space("sparse", "resnet18", space="reference")
 
@@ -28,7 +32,7 @@ class Silent:
         return lambda uid, *_: self.calls.append((name, uid))
 
 
-def campaign(folder: Path, *, name: str = "s", trials: int = 2, **changes: Any) -> Campaign:
+def ready(folder: Path, *, name: str = "s", trials: int = 2, **changes: Any) -> Ready:
     config = StudyConfig(
         name=name, rule="sparse", arch="resnet18", dataset="digits", trials=trials, epochs=2, confirm_seeds=1, **changes
     )
@@ -42,10 +46,14 @@ def campaign(folder: Path, *, name: str = "s", trials: int = 2, **changes: Any) 
         uri="",
         artifacts=None,
     )
-    ready = Ready(config=config, space=SPACE, place=place)
-    study = Study.open(ready.folder, config, SPACE.distributions(), say=print, chance=0.1)
-    rows, controls = RowFile(ready.folder / "rows.jsonl"), RowFile(folder / "controls" / "rows.jsonl")
-    return Campaign(ready, study, Silent(), rows=rows, controls=controls)  # type: ignore[arg-type]
+    return Ready(config=config, space=SPACE, place=place)
+
+
+def campaign(folder: Path, **changes: Any) -> Campaign:
+    made = ready(folder, **changes)
+    study = Study.open(made.folder, made.config, SPACE.distributions(), say=print, chance=0.1)
+    rows, controls = RowFile(made.folder / "rows.jsonl"), RowFile(folder / "controls" / "rows.jsonl")
+    return Campaign(made, study, Silent(), rows=rows, controls=controls)  # type: ignore[arg-type]
 
 
 def finish(source: Campaign, task: Task, accuracy: float, status: Any = "finished") -> None:
@@ -130,18 +138,65 @@ def test_two_searches_that_run_the_same_control_share_its_row(tmp_path: Path) ->
         assert [r["metrics"]["val_acc"] for r in source.control_rows()] == [0.8]
 
 
+def test_a_control_that_another_search_has_filed_meanwhile_is_not_run(tmp_path: Path) -> None:
+    one, two = campaign(tmp_path, name="one", trials=1), campaign(tmp_path, name="two", trials=1)
+    controls = [uid for uid in drain(one) if uid.startswith("control")]
+    assert len(controls) == 2
+    assert not set(controls) & set(drain(two))
+    assert [r["uid"] for r in two.control_rows()] == controls
+
+
 def test_a_row_that_was_written_before_a_kill_is_told_not_run_again(tmp_path: Path) -> None:
     first = campaign(tmp_path, trials=1)
     task = first.next()
     first.started(task.uid)
-    from bench.rows import row
-
     result = TrialResult(config=task.config, status="finished", metrics={"val_acc": 0.6})
     RowFile(tmp_path / "s" / "rows.jsonl").append(row(task.uid, "s", "search", result))
     first._study.close()  # killed here: the study was never told
     again = campaign(tmp_path, trials=1)
     assert task.uid not in drain(again)
     assert again._study.counts().finished == 1
+
+
+def test_a_record_that_was_put_back_is_not_mixed_with_later_rows(tmp_path: Path) -> None:
+    first = campaign(tmp_path)
+    task = first.next()
+    other = task.config.replace(coefficients={"sparse": 0.123})
+    result = TrialResult(config=other, status="finished", metrics={"val_acc": 0.6})
+    RowFile(tmp_path / "s" / "rows.jsonl").append(row(task.uid, "s", "search", result))
+    first._study.close()
+    with pytest.raises(
+        UserError, match=r"the row s-0000 is of other coefficients than the study.s; restore the journal"
+    ):
+        campaign(tmp_path).next()
+
+
+def begin(folder: Path, said: list[str], **changes: Any) -> dict[str, Any]:
+    """What a start keeps with the study."""
+    with opened(ready(folder, **changes), say=said.append):
+        return read_yaml(folder / "s" / "study.yaml")
+
+
+def test_the_budget_may_grow_and_not_shrink(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    stage(lambda _: None)
+    assert [begin(tmp_path, [], trials=n)["config"]["trials"] for n in (3, 5)] == [3, 5]
+    with pytest.raises(UserError, match="may grow, not shrink"):
+        begin(tmp_path, [], trials=3)
+
+
+def test_other_code_is_said_and_kept(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
+    stage(lambda _: None)
+    said: list[str] = []
+    book = begin(tmp_path, said)
+    assert said == []
+    write_yaml(tmp_path / "s" / "study.yaml", {**book, "code": [{**book["code"][0], "torch": "1.0", "source": "0"}]})
+    again = begin(tmp_path, said)
+    assert said[0].startswith("s: goes on with other code (source was 0, is ")
+    assert "torch was 1.0, is " in said[0]
+    assert "\n" not in said[0]
+    assert [code["torch"] for code in again["code"]] == ["1.0", book["code"][0]["torch"]]
+    assert len(begin(tmp_path, said)["code"]) == 2
+    assert len(said) == 1
 
 
 def test_the_display_says_where_the_search_stands(tmp_path: Path) -> None:
@@ -180,7 +235,7 @@ def test_checkpoints_of_what_has_a_row_are_removed_at_the_next_start(tmp_path: P
     first = campaign(tmp_path, trials=2)
     done, open_ = first.next(), first.next()
     finish(first, done, 0.5)
-    control = next(iter(first.control_tasks()))
+    control = next(iter(first.controls))
     first._study.close()
     other = campaign(tmp_path, name="other", trials=1)
     assert control in drain(other)

@@ -136,7 +136,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Running]:
 
     def made(**options: Any) -> Running:
         content = {"trial": "fake_trials:act", "config": config().to_dict(), "options": options}
-        return Running(json.dumps(content))
+        return Running(content)
 
     return made
 
@@ -188,9 +188,9 @@ def test_a_worker_knows_the_code_that_it_began_with(tmp_path: Path) -> None:
     package = tmp_path / "bench"
     shutil.copytree(Path(bench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     script = """
-import pathlib, sys
+import json, pathlib, sys
 from bench.worker import Running
-Running(sys.argv[1])
+Running(json.loads(sys.argv[1]))
 with pathlib.Path("bench/models.py").open("a") as file:
     file.write("# edited")
 from bench.provenance import provenance
@@ -214,10 +214,10 @@ def test_a_worker_with_other_code_than_the_driver_ends_the_run_and_files_nothing
     director = direct(script, trial="fake_trials:act", room=lambda: 1)
     given = director.suggest("1")
     assert given is not None
-    alike = Running(given["task"])
+    alike = Running(given)
     assert alike.next_message()["epoch"] == 1
     alike.stop()
-    edited = Running(json.dumps({**json.loads(given["task"]), "source": "0" * 16}))
+    edited = Running({**given, "source": "0" * 16})
     director.started("1")
     director.returned("1", edited.next_message())
     assert isinstance(director.fault, UserError)
@@ -226,7 +226,7 @@ def test_a_worker_with_other_code_than_the_driver_ends_the_run_and_files_nothing
 
 
 def test_missing_trial_function_is_a_result_too() -> None:
-    running = Running(json.dumps({"trial": "no.such:thing", "config": config().to_dict(), "options": {}}))
+    running = Running({"trial": "no.such:thing", "config": config().to_dict(), "options": {}})
     assert running.next_message()["result"]["reason"].startswith("ModuleNotFoundError: No module named 'no'")
 
 
@@ -367,8 +367,6 @@ def test_lack_of_gpu_memory_is_told_from_other_errors(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(HERE))
     found = {}
     for name in errors:
-        running = Running(
-            json.dumps({"trial": "fake_trials:fail", "config": config().to_dict(), "options": {"name": name}})
-        )
+        running = Running({"trial": "fake_trials:fail", "config": config().to_dict(), "options": {"name": name}})
         found[name] = running.next_message()["blame"]
     assert found == {"torch": "GPU memory", "cublas": "GPU memory", "shape": "", "python": "memory"}

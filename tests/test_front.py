@@ -272,7 +272,7 @@ def test_robustness_is_searched_stopped_and_ranked_by_the_area(tmp_path: Path) -
             study.tell(uid, result((0.1 * number, 0.1 * (9 - number))))
         study.tell(asked(study).uid, result((0.99, 0.99), "diverged"))
         assert [(r.number, r.values, r.value) for r in study.best(2)] == [(0, (0.9,), 0.9), (1, (0.8,), 0.8)]
-        assert study._trials()[-1].values == [CHANCE]
+        assert study._known[-1].values == [CHANCE]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ FLOORS = {
     "stores": 0,
     "mlflow_queue": 0,
     "disk": 0,
-    "drivers": 2,
     "learning.ops": 0,
     "front": 0,
     "headlines": 0,
@@ -160,6 +159,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "packaging": ("doctor",),
     "psutil": ("processes",),
     "sqlalchemy": ("storage",),
+    "filelock": ("journal",),
     "pyarrow": ("objects",),
 }
 #: Comes inside another package.

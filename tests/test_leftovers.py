@@ -12,7 +12,7 @@ from bench.check import Check
 from bench.config import StudyConfig
 from bench.filed import read_filed
 from bench.files import write_yaml
-from bench.journal import claimed
+from bench.journal import claim
 from bench.leftovers import check_leftovers
 from bench.reading import find
 from bench.rows import RowFile, row
@@ -90,7 +90,7 @@ def test_studies_that_stopped_before_their_budget_was_used(tmp_path: Path) -> No
     checks = found(tmp_path)
     assert checks["studies"].status == "warn"
     assert checks["studies"].detail == "unfinished, and without a driver: begun (2 of 9 trials), plan (0 runs)"
-    with claimed(tmp_path / "begun"), claimed(tmp_path / "plan"):
+    with claim(tmp_path / "begun"), claim(tmp_path / "plan"):
         assert found(tmp_path)["studies"].status == "ok"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.config import PRIMITIVE_NAMES, TrialConfig, UserError
-from bench.journal import claimed
+from bench.journal import claim
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix import MatrixConfig, beside, matrix, outlook, prepare_matrix
 from bench.place import Options
@@ -139,7 +139,7 @@ def test_a_part_of_it_in_any_order(tmp_path: Path, stage: Callable[[Formula], St
 def test_a_search_that_another_process_has_is_left_to_it(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     made = stage(trained)
     two = ("decay", "amp")
-    with claimed(tmp_path / "mirror-lenet-digits"):
+    with claim(tmp_path / "mirror-lenet-digits"):
         outcome, summary = run(tmp_path, primitives=two)
     assert outcome == "done"
     assert summary["busy"] == ["mirror-lenet-digits"]
@@ -176,22 +176,14 @@ def test_a_folder_is_one_plan_which_may_grow(tmp_path: Path, stage: Callable[[Fo
         run(tmp_path, primitives=("decay",))
 
 
-def test_several_processes_carry_out_one_matrix(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
-    """While one is at work (its searches claimed), another one does the rest, under the same name."""
-    made = stage(trained)
-    other: list[tuple[str, dict[str, Any]]] = []
-
+def test_a_second_process_is_refused(tmp_path: Path, stage: Callable[[Formula], Stage]) -> None:  # noqa: F811
     def second(config: TrialConfig) -> float | None:
-        if not other and config.rule == "mirror":
-            other.append(("begun", {}))
-            other.append(run(tmp_path, primitives=("decay", "amp"), only=("sign",)))
+        with pytest.raises(UserError, match=r"study 'm' in .* is being run by another process"):
+            run(tmp_path, primitives=("decay",), only=("sign",))
         return trained(config)
 
-    made.formula = second
-    outcome, summary = run(tmp_path, primitives=("decay", "amp"))
-    assert other[1][0] == "done"
-    assert (outcome, summary["complete"]) == ("done", True)
-    assert max(Counter(uid for uid, _ in made.runs).values()) == 1
+    stage(second)
+    assert run(tmp_path, primitives=("decay",))[0] == "done"
 
 
 def test_rows_of_other_data_are_refused_before_anything_runs(

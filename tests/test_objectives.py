@@ -86,7 +86,7 @@ def searched(source: Campaign, values: Sequence[Sequence[float]] = VALUES, statu
         trials.append(task := source.next())
         assert isinstance(task, Task)
         finish(source, task, value, status)
-    while not source.searching and any(source._open(source.control_tasks())):
+    while not source.searching and any(source._open(source.controls)):
         task = source.next()
         assert isinstance(task, Task)
         finish(source, task, (0.5, 0.4))
@@ -174,10 +174,10 @@ def test_controls_are_measured_under_the_same_noise_and_shared_by_the_searches_t
         "elsewhere": campaign(tmp_path / "elsewhere", "both", recipe={**NOISE, "noise_levels": [0.2, 0.7]}),
     }
     for name in ("robustness", "both"):
-        configs = [plan.config for plan in found[name].control_tasks().values()]
+        configs = [plan.config for plan in found[name].controls.values()]
         assert [(c.rule, c.seed) for c in configs] == [(r, s) for r in ("backprop", "feedback") for s in (1000, 1001)]
         assert all({k: c.to_dict()[k] for k in NOISE} == NOISE for c in configs)
-    uids = {name: set(source.control_tasks()) for name, source in found.items()}
+    uids = {name: set(source.controls) for name, source in found.items()}
     assert uids["robustness"] == uids["both"]
     assert not uids["accuracy"] & uids["both"]
     assert not uids["elsewhere"] & uids["both"]
@@ -191,7 +191,7 @@ def test_where_only_the_updates_of_B_are_noisy_controls_train_without_noise(tmp_
         task = source.next()
         assert isinstance(task, Task)
         assert (task.config.update_noise, task.config.update_noise_on) == (0.5, on)
-        for plan in source.control_tasks().values():
+        for plan in source.controls.values():
             trial = prepare(plan.config, device="cpu")
             assert (trial.noise is None) == (on == "feedback")
 

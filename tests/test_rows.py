@@ -209,20 +209,3 @@ def test_table_of_nothing_still_has_its_columns() -> None:
 def test_the_file_is_plain_json_lines(tmp_path: Path) -> None:
     lines = some_rows(tmp_path / "rows.jsonl", 2).path.read_text().splitlines()
     assert [json.loads(line)["config"]["rule"] for line in lines] == ["mirror", "mirror"]
-
-
-def test_news_are_the_rows_of_others_once(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    reader = RowFile(path)
-    assert reader.news() == {}
-    some_rows(path, 2)
-    assert list(reader.news()) == ["study-0000", "study-0001"]
-    whole = path.read_bytes()
-    writer = RowFile(path)
-    writer.append(filed("study-0002"))
-    later = path.read_bytes()[len(whole) :]
-    path.write_bytes(whole + later[:-5])  # it is being written just now
-    assert reader.news() == {}
-    path.write_bytes(whole + later)
-    assert list(reader.news()) == ["study-0002"]
-    assert reader.news() == {}

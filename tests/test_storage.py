@@ -1,4 +1,4 @@
-"""A study in a database: several drivers, dead ones among them, an outage, and names that others have. On SQLite."""
+"""A study in a database: dead drivers, an outage, and names that others have. On SQLite."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from optuna.distributions import FloatDistribution
 from bench import storage
 from bench.choices import SAMPLERS
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
-from bench.drivers import LaterError
 from bench.proposals import Proposal
+from bench.storage import StorageAwayError
 from bench.stores import check_storage, shown
-from bench.study import Counts, Study
+from bench.study import Study
 
 SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}
 
@@ -42,7 +42,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def driver(tmp_path: Path, url: str, said: list[str]) -> Iterator[Open]:
-    """Another driver of the study, each time it is called."""
+    """A driver of the study."""
     made: list[Study] = []
 
     def opened(folder: str = "s", url: str | None = url, **changes: Any) -> Study:
@@ -84,40 +84,10 @@ def trials(url: str, name: str = "s") -> list[optuna.trial.FrozenTrial]:
     return list(found)
 
 
-# --- several drivers
+# --- a driver dies
 
 
-def test_two_drivers_share_one_budget_and_no_proposal(driver: Open, url: str, said: list[str]) -> None:
-    a, b = driver(), driver()
-    assert said == ["s: joins 1 other driver."]
-    given = [asked(study) for study in (a, b, b, a, b, a)]
-    assert [p.uid for p in given] == [f"s-{i:04d}" for i in range(6)]
-    assert len({str(p.params) for p in given}) == 6
-    assert a.ask() is None
-    assert b.ask() is None
-    for study, proposal in zip((a, b, b, a, b, a), given, strict=True):
-        study.tell(proposal.uid, result())
-    assert a.counts() == Counts(finished=6, stopped=0, diverged=0, failed=0, running=0, remaining=0)
-    assert [t.state.name for t in trials(url)] == ["COMPLETE"] * 6
-
-
-def test_a_dead_drivers_trials_go_on_at_the_next_that_asks_once(driver: Open, said: list[str]) -> None:
-    a, b, c = driver(), driver(), driver()
-    left = [asked(a), asked(a)]
-    a.report(left[0].uid, 1, 0.3)
-    assert asked(b).uid == "s-0002"  # a lives, and has them
-    a.close()
-    assert asked(c) == left[0]
-    assert asked(b) == left[1]
-    assert asked(b).uid == "s-0003"
-    assert said[-2:] == [f"{p.uid}: the driver that had it is gone; it goes on here." for p in left]
-    c.report(left[0].uid, 2, 0.4)
-    c.tell(left[0].uid, result())
-    b.tell(left[1].uid, result(status="failed"))
-    assert b.ask() is not None
-
-
-def test_all_dead_the_next_start_says_what_goes_on(driver: Open, said: list[str]) -> None:
+def test_the_next_start_says_what_goes_on(driver: Open, said: list[str]) -> None:
     a = driver()
     left = [finish(a), asked(a), asked(a)][1:]
     a.close()
@@ -136,7 +106,7 @@ def test_one_driver_finds_in_a_database_what_it_finds_with_a_journal(url: str, d
             value = 0.9 - abs(proposal.params["amp"] - 0.3)
             stopped = any(study.report(proposal.uid, epoch, value * epoch / 9) for epoch in (3, 9))
             study.tell(proposal.uid, result(value, "stopped" if stopped else "finished"))
-        known = study._trials()
+        known = study._known
         found.append([(t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs) for t in known])
         study.close()
     assert found[0] == found[1]
@@ -163,14 +133,12 @@ def test_a_study_is_kept_in_one_place(driver: Open, tmp_path: Path) -> None:
     driver("database", f"sqlite:///{tmp_path}/moved/optuna.db", name="d").close()  # it is the same one, elsewhere
 
 
-def test_two_kinds_of_driver_at_once_are_refused(driver: Open) -> None:
-    study = driver()
-    with pytest.raises(UserError, match="being run by another process"):
-        driver("s", None)
-    study.close()
-    study = driver("t", None, name="t")
-    with pytest.raises(UserError, match="being run by another process"):
-        driver("t", name="t")
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_second_driver_is_refused_wherever_the_study_is_kept(driver: Open, url: str, kept: bool) -> None:
+    driver("s", url if kept else None)
+    for where in (url, None):
+        with pytest.raises(UserError, match=r"study 's' in .* is being run by another process"):
+            driver("s", where)
 
 
 def test_a_name_that_others_have_is_refused_and_nothing_of_theirs_is_touched(driver: Open, url: str) -> None:
@@ -235,7 +203,7 @@ def test_while_it_does_not_answer_what_runs_goes_on(driver: Open, url: str, said
     assert study.report(one.uid, 2, 0.2) is False
     assert study.report(one.uid, 3, 0.3) is False
     study.tell(one.uid, result(0.3))
-    with pytest.raises(LaterError):
+    with pytest.raises(StorageAwayError):
         study.ask()
     assert study.counts().running == 2  # as last known
     assert len(said) == 1
@@ -289,6 +257,24 @@ def test_a_tell_that_was_heard_but_not_answered_is_not_repeated(driver: Open, ur
     kept.engine.dispose()
     assert asked(a).number == 1
     assert a.counts().finished == 1
+
+
+def test_a_trial_that_was_added_but_not_answered_is_handed_out_once(
+    driver: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = driver()
+    add = study._study.add_trial
+
+    def silent(trial: Any) -> None:
+        add(trial)
+        raise StorageAwayError
+
+    with monkeypatch.context() as away:
+        away.setattr(storage, "FIRST_WAIT", 0.0)
+        away.setattr(study._study, "add_trial", silent)
+        with pytest.raises(StorageAwayError):
+            study.ask()
+    assert [asked(study).number, asked(study).number] == [0, 1]
 
 
 # --- addresses

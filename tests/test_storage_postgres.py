@@ -1,4 +1,4 @@
-"""Drivers of one study on a real PostgreSQL server: killed at random moments, and the server with them."""
+"""A study on a real PostgreSQL server: its driver is killed at random moments, and the server, too."""
 
 from __future__ import annotations
 
@@ -33,60 +33,44 @@ def postgres() -> Iterator[Server]:
         yield made
 
 
-class Drivers:
-    """`storage_driver.py`, several times over."""
+class Driver:
+    """`storage_driver.py`, begun again as often as it is killed. ``killed``: how often."""
 
     def __init__(self, folder: Path, url: str, trials: int, seconds: float) -> None:
-        self.folder, self._arguments = folder, [str(folder), url, str(trials), str(seconds)]
-        self.living: list[subprocess.Popen[bytes]] = []
-        self._logs: dict[int, Path] = {}  # by process id
-        self.kills = self.begun = 0
+        self._log = folder / "driver.log"
+        self._arguments = [str(folder), url, str(trials), str(seconds)]
+        self.killed = 0
+        self.begin()
 
     def begin(self) -> None:
-        self.begun += 1
-        path = self.folder / f"driver-{self.begun}.log"
-        with path.open("wb") as log:
-            made = subprocess.Popen(
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
                 [sys.executable, str(HERE / "storage_driver.py"), *self._arguments],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))},
             )
-        self.living.append(made)
-        self._logs[made.pid] = path
 
-    def kill(self, one: subprocess.Popen[bytes]) -> None:
-        one.kill()
-        one.wait()
-        self.kills += 1
-        self.living.remove(one)
+    def __enter__(self) -> Self:
+        return self
 
-    def end(self) -> None:
-        for one in list(self.living):
-            self.kill(one)
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
-    @property
-    def logs(self) -> list[str]:
-        return [path.read_text() for path in self._logs.values()]
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.killed += 1
 
-    def log_of(self, one: subprocess.Popen[bytes]) -> str:
-        return self._logs[one.pid].read_text()
+    def said(self) -> str:
+        return self._log.read_text()
 
     def completed(self) -> int:
-        return "".join(self.logs).count("completed ")
+        return self.said().count("completed ")
 
-
-@pytest.fixture
-def drivers(tmp_path: Path, postgres: Server) -> Iterator[Any]:
-    made: list[Drivers] = []
-
-    def prepared(trials: int, seconds: float) -> Drivers:
-        made.append(Drivers(tmp_path, f"{postgres.url}", trials, seconds))
-        return made[-1]
-
-    yield prepared
-    for one in made:
-        one.end()
+    def end(self) -> None:
+        assert self.process.wait(timeout=300) == 0, self.said()
+        assert self.said().splitlines()[-2:] == ["complete True", "ended FINISHED"]
 
 
 def trials_of(url: str) -> list[optuna.trial.FrozenTrial]:
@@ -115,56 +99,34 @@ def check_whole(folder: Path, url: str, trials: int) -> None:
     confirmed = [r["config"]["coefficients"] for r in filed if r["kind"] == "confirm"]
     assert confirmed == [best["config"]["coefficients"]] * 2
     assert list((folder / "s" / "checkpoints").iterdir()) == []
-    assert [path.name for path in (folder / "s" / "drivers").iterdir()] == ["gate"]
 
 
 @pytest.mark.faults
-def test_killed_at_random_moments_they_lose_and_double_nothing(tmp_path: Path, postgres: Server, drivers: Any) -> None:
+def test_killed_at_random_moments_it_loses_and_doubles_nothing(tmp_path: Path, postgres: Server) -> None:
     trials, moments = 24, random.Random(0)
-    team: Drivers = drivers(trials, 0.1)
-    deadline = time.monotonic() + 400
-    for _ in range(3):
-        team.begin()
-    while team.kills < 8 and time.monotonic() < deadline:
-        time.sleep(moments.uniform(2.0, 8.0))
-        if living := [one for one in team.living if one.poll() is None]:
-            team.kill(moments.choice(living))
-            team.begin()
-        if team.completed() >= trials:
-            break
-    assert team.kills >= 3
-    wait_for_all(team)
+    with Driver(tmp_path, postgres.url, trials, 0.1) as driver:
+        while driver.killed < 8 and driver.completed() < trials - 2:
+            time.sleep(moments.uniform(2.0, 8.0))
+            driver.kill()
+            driver.begin()
+        assert driver.killed >= 3
+        driver.end()
     check_whole(tmp_path, postgres.url, trials)
-
-
-def wait_for_all(team: Drivers) -> None:
-    """All that live come to their end; one of them, the last, ends the search."""
-    for one in team.living:
-        assert one.wait(timeout=300) == 0, team.logs
-    ends = [team.log_of(one).strip().splitlines()[-2:] for one in team.living]
-    assert {complete for complete, _ in ends} == {"complete True"}
-    assert Counter(end for _, end in ends)["ended FINISHED"] >= 1
 
 
 @pytest.mark.faults
-def test_a_server_that_crashes_and_comes_back_costs_nothing(tmp_path: Path, postgres: Server, drivers: Any) -> None:
+def test_a_server_that_crashes_and_comes_back_costs_nothing(tmp_path: Path, postgres: Server) -> None:
     trials = 12
-    team: Drivers = drivers(trials, 0.5)
-    for _ in range(2):
-        team.begin()
-    for mode, wanted in (("immediate", 3), ("fast", 7)):
-        deadline = time.monotonic() + 120
-        while team.completed() < wanted:
-            assert time.monotonic() < deadline, team.logs
-            assert all(one.poll() is None for one in team.living), team.logs
-            time.sleep(0.05)
-        postgres.stop(mode)
-        time.sleep(3)
-        postgres.start()
-    wait_for_all(team)
+    with Driver(tmp_path, postgres.url, trials, 0.5) as driver:
+        for mode, wanted in (("immediate", 3), ("fast", 7)):
+            wait_until(lambda wanted=wanted: driver.completed() >= wanted, driver.process)  # type: ignore[misc]
+            postgres.stop(mode)
+            time.sleep(3)
+            postgres.start()
+        driver.end()
+        said = driver.said()
     check_whole(tmp_path, postgres.url, trials)
-    said = "".join(team.logs)
-    away = [part.partition("answers again")[0] for log in team.logs for part in log.split("does not answer")[1:]]
+    away = [part.partition("answers again")[0] for part in said.split("does not answer")[1:]]
     assert any("completed" in part for part in away)  # what ran went on
     assert "answers again" in said
     assert PASSWORD not in said
@@ -186,7 +148,7 @@ def test_one_driver_finds_there_what_it_finds_with_a_journal(tmp_path: Path, pos
                     config=TrialConfig(rule="activation"), status="stopped" if stopped else "finished", metrics=metrics
                 )
                 study.tell(proposal.uid, result)
-            known = study._trials()
+            known = study._known
             found.append([(t.number, t.state, t.params, t.values, t.intermediate_values) for t in known])
     assert found[0] == found[1]
     assert len(found[0]) == 10
@@ -249,20 +211,24 @@ class Command:
 
 @pytest.mark.faults
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
-def test_two_commands_search_together_one_is_killed_and_mlflow_agrees(tmp_path: Path, postgres: Server) -> None:
+def test_a_second_command_is_refused_and_after_a_kill_goes_on_and_mlflow_agrees(
+    tmp_path: Path, postgres: Server
+) -> None:
     name = "mirror-lenet-digits"
     book = tmp_path / "results" / name
-    with Command(tmp_path, postgres.url) as first, Command(tmp_path, postgres.url) as second:
-        wait_until(lambda: len(list((book / "drivers").glob("driver-*"))) == 2, first, second)
-        wait_until(lambda: len(rows(book / "rows.jsonl")) >= 2, first, second)
+    with Command(tmp_path, postgres.url) as first:
+        wait_until(lambda: len(rows(book / "rows.jsonl")) >= 2, first.process)
+        with Command(tmp_path, postgres.url) as refused:
+            _, said = refused.process.communicate(timeout=120)
+            assert refused.process.returncode == 2
+            assert f"study '{name}' in results is being run by another process ({first.process.pid} on " in said
         first.process.kill()
         _, before = first.process.communicate()
-        found, said = second.end()
-        said += before
+    with Command(tmp_path, postgres.url) as second:
+        found, after = second.end()
     assert found["outcome"] == "done"
-    assert said.count("joins 1 other driver") == 1
     assert sum(found["trials"].values()) == 8
-    assert PASSWORD not in (book / "storage.yaml").read_text() + said
+    assert PASSWORD not in (book / "storage.yaml").read_text() + before + said + after
     uids = [r["uid"] for r in rows(book / "rows.jsonl")]
     assert len(uids) == len(set(uids)) == 9
     recorded = Book(tmp_path / "results")
@@ -276,10 +242,9 @@ def test_two_commands_search_together_one_is_killed_and_mlflow_agrees(tmp_path: 
     assert again["confirmed"] == found["confirmed"]
 
 
-def wait_until(true: Callable[[], bool], *commands: Command) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + 400  # a busy machine is slow, not wrong
     while not true():
-        for one in commands:
-            assert one.process.poll() is None, one.process.stderr.read() if one.process.stderr else ""
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)

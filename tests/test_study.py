@@ -1,4 +1,4 @@
-"""The study against known answers, kills at any moment, and second drivers."""
+"""The study against known answers, kills at any moment, and a second driver."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_interrupted_trials_are_handed_out_again_once_as_they_stand(open_study: 
         assert study.report(left[0].uid, 1, 0.7) is False  # reported before: the first value stands
         study.report(left[0].uid, 2, 0.3)
         study.tell(left[0].uid, result("stopped"))
-        stopped = next(t for t in study._trials() if t.number == left[0].number)
+        stopped = next(t for t in study._known if t.number == left[0].number)
         assert stopped.intermediate_values == {1: 0.2, 2: 0.3}
 
 
@@ -254,7 +254,7 @@ def test_stopped_trials_are_shown_to_the_sampler_with_an_estimate(open_study: Op
             study.report(uid, 3, reached)
             study.tell(uid, result("stopped"))
         study.tell(asked(study).uid, result("diverged"))
-        shown = as_completed(study._trials(), CHANCE)
+        shown = as_completed(study._known, CHANCE)
     assert [t.state.name for t in shown] == ["COMPLETE"] * 7
     # What the first two had above chance grew by 4 and by 5, so 0.1 is estimated to become 0.45.
     assert [t.value for t in shown] == pytest.approx([0.9, 0.6, 0.3, CHANCE + 0.45, 0.9, CHANCE, CHANCE])
@@ -309,7 +309,7 @@ def test_dead_drivers_lock_costs_nothing(open_study: Open, tmp_path: Path, monke
 
 def test_second_driver_is_refused_until_the_first_is_gone(open_study: Open) -> None:
     study = open_study()
-    with pytest.raises(UserError, match=f"being run by another process .{os.getpid()}."):
+    with pytest.raises(UserError, match=f"study 's' in .* is being run by another process .{os.getpid()} on "):
         open_study()
     study.close()
     open_study().close()

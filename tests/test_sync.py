@@ -17,7 +17,7 @@ import pytest
 from bench.cli import main
 from bench.config import StudyConfig
 from bench.files import write_yaml
-from bench.journal import claimed
+from bench.journal import claim
 from bench.mlflow_client import Client
 from bench.rows import RowFile, row
 from bench.space_files import load_space
@@ -155,7 +155,7 @@ def timeless(snapshot: Any) -> Any:
 
 def test_a_study_under_a_living_driver_is_left_to_it(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
     folder = begin(book.results, "a")
-    with book.open() as tracker, claimed(folder):
+    with book.open() as tracker, claim(folder):
         tell(tracker)
         tracker.start("a", "search", CONFIG)
         delivered(tracker)

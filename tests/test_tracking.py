@@ -265,7 +265,7 @@ def test_studies_of_one_name_are_told_apart_by_identity(book: Book, name: str) -
         assert len(book.runs(f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")) == 1
 
 
-def test_a_study_that_several_drivers_write_is_not_swept(book: Book, name: str) -> None:
+def test_a_study_that_several_processes_write_is_not_swept(book: Book, name: str) -> None:
     with book.open() as one, book.open() as other:
         one.study(name, config={}, sweep=False)
         one.start("a", "train", CONFIG)

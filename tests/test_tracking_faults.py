@@ -92,7 +92,6 @@ def test_what_was_made_twice_because_an_answer_was_lost_is_ended(book: Book, nam
         with book.open() as other:
             other.study(name, config={"a": 1}, sweep=False)
             delivered(other)
-            other.end(None)
         tracker.finish("goes-on", finished(2))
         delivered(tracker)
     found = book.runs(f"tags.`bench.study` = '{name}'")

@@ -66,7 +66,7 @@ def test_the_first_trials_are_those_that_were_given(tmp_path: Path, sampler: str
     assert all(isinstance(value, float) for params in trials for value in params.values())  # also what was given as 1
     with opened(tmp_path, sampler=sampler, trials=6) as study:
         assert study.ask() is None
-        kept = study._trials()
+        kept = study._known
         assert all(t.distributions == SPACE for t in kept)
         assert not any(t.system_attrs for t in kept[: len(NEAR)])
 
@@ -180,7 +180,7 @@ def test_a_conditional_parameter_is_there_when_its_switch_is_on(
         first = study.ask()
         assert first is not None
         assert first.params == params
-        assert set(study._trials()[0].distributions) == set(params)
+        assert set(study._known[0].distributions) == set(params)
 
 
 def test_whole_numbers_and_choices_fit_by_their_value() -> None:

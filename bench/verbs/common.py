@@ -127,7 +127,7 @@ def add_machines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-trial", type=float, metavar="G", help="0.5: two share one (else what there is)")
     parser.add_argument("--workers-per-trial", type=int, default=1, metavar="W", help="that train one network together")
     parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster to join; see `bench cluster`")
-    parser.add_argument("--storage", metavar="URL", help="Optuna storage, for several drivers (else a journal file)")
+    parser.add_argument("--storage", metavar="URL", help="Optuna storage of the study (else a journal in its folder)")
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
