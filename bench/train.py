@@ -45,7 +45,10 @@ def train(
     ):
         tracker.study(TRAININGS, config={}, tags={}, sweep=alone)
         for known in rows.read():
-            tracker.record(known["uid"], known["kind"], known)
+            try:
+                tracker.record(known["uid"], known["kind"], known)
+            except UserError as error:  # of an earlier training: this one goes on
+                say(f"{rows.path}: the row of {known['uid']} is not recorded in MLflow ({error}).")
         tracker.dataset(*dataset)
         tracker.start(uid, "train", config, {"bench.rule": config.rule})
 

@@ -82,7 +82,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from bench.tracking import Tracker
-from mlflow_book import CONFIG, Book, epochs, finished, run_whole
+from mlflow_book import CONFIG, Book, epochs
 from test_sync import tell
 
 tracker = Book(Path(sys.argv[1])).open()
@@ -92,7 +92,6 @@ for uid in ("filed", "lost", "later"):
     tracker.report(uid, 1, epochs(1)[0])
     if uid == sys.argv[2]:
         assert tracker.flush(100)
-tracker.finish("filed", finished(2))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
