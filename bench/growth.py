@@ -22,7 +22,6 @@ from bench.place import Options
 from bench.recipes import recipe_of
 from bench.search import check, search
 from bench.space_files import load_space
-from bench.spool import survey
 from bench.streams import quiet
 
 #: Epochs of a trial that does nothing: so many reports are made of it.
@@ -37,7 +36,7 @@ class Growth(Strict):
 
     ``overhead``: (seconds − start) / trials, where ``start`` is the time from the command to the first finished trial.
     ``memory``: the driver's greatest resident set. ``disk``: rows, journal and MLflow's database. ``left``: operations
-    that MLflow had not taken half a minute after the search: they lie in the spool, for `bench sync`.
+    that MLflow had not taken half a minute after the search, which `bench sync` records from the rows.
     """
 
     trials: int
@@ -119,7 +118,7 @@ def searched(trials: int, sampler: str, results: Path) -> dict[str, Any]:
         return tick
 
     with quiet(ready.folder / "ray.log"):
-        outcome, _ = search(ready, say=print, watch=watch, trial="bench.growth:nothing")
+        outcome, summary = search(ready, say=print, watch=watch, trial="bench.growth:nothing")
     if outcome != "done" or len(ends) < trials:
         sys.exit(f"the search was {outcome} after {len(ends)} of {trials} trials; measure it again.")
     seconds = time.perf_counter() - began
@@ -140,7 +139,7 @@ def searched(trials: int, sampler: str, results: Path) -> dict[str, Any]:
         / 1024
         * (1 if sys.platform == "linux" else 2**-10),
         "disk": sum(sizes.values()),
-        "left": sum(each.operations for each in survey(results / "spool")),
+        "left": summary["mlflow"]["lost"],
         **sizes,
     }
 

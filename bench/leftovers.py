@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import fcntl
-from collections import Counter
 from pathlib import Path
 
 from bench.check import Check
 from bench.config import UserError
 from bench.filed import Filed, read_filed
 from bench.reading import Found, find
-from bench.spool import REJECTED, survey
-from bench.stores import embedded, key
 
 #: So many names stand in one finding.
 _NAMED = 5
 
 
 def check_leftovers(results: Path) -> list[Check]:
-    """What is not delivered to MLflow, what it refused, which studies are unfinished, and which files are torn."""
+    """Which studies are unfinished, and which files are torn."""
     try:
         studies = find(results)
     except UserError as error:
         return [Check(name="studies", status="fail", detail=str(error), remedy="permit it, or name another --results")]
-    return [check_spool(results), check_rejected(results), check_studies(studies), check_torn(studies)]
-
-
-def check_spool(results: Path) -> Check:
-    """Operations that MLflow has not taken, of runs that are over; a living run still delivers its own."""
-    left = [one for one in survey(results / "spool") if one.operations and not one.held]
-    if not left:
-        return Check(name="spool", status="ok", detail="MLflow has taken everything that earlier runs told it")
-    own = key(embedded(results)[0], results)
-    stores, remedies = Counter[str](), set()
-    for one in left:
-        where = "the embedded store" if one.key == own else one.store or "an unnamed store"
-        stores[where] += one.operations
-        remedies.add("bench sync" if one.key == own else f"bench sync --tracking-uri {one.store or 'URI'}")
-    detail = ", ".join(f"{count} operations for {store}" for store, count in sorted(stores.items()))
-    return Check(name="spool", status="warn", detail=detail, remedy="; ".join(sorted(remedies)))
-
-
-def check_rejected(results: Path) -> Check:
-    """What MLflow refused for good."""
-    path = results / "spool" / REJECTED
-    try:
-        with path.open("rb") as file:
-            count = sum(1 for _ in file)
-    except (FileNotFoundError, NotADirectoryError):
-        return Check(name="refused", status="ok", detail="MLflow has refused nothing")
-    except OSError as error:
-        detail = f"unchecked: {path}: {error.strerror}"
-        return Check(name="refused", status="warn", detail=detail, remedy=f"permit {path}")
-    remedy = f"read why in {path}; bench sync records what the rows have; then remove that file"
-    return Check(name="refused", status="warn", detail=f"MLflow refused {count} operations", remedy=remedy)
+    return [check_studies(studies), check_torn(studies)]
 
 
 def check_studies(studies: list[Found]) -> Check:

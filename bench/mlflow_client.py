@@ -10,27 +10,22 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.delivery import UnreachableError
+from bench.mlflow_queue import UnreachableError
 from bench.stores import alone
 
 #: Held while a data set is entered: the trackers of one process write at the same time, each in its own thread.
 _DATASETS = threading.Lock()
 
-#: MLflow's limits a request: metrics; parameters or tags.
-_METRICS, _ENTRIES = 1000, 100
+#: MLflow's limits a request are 100 parameters, 100 tags, 1000 metrics, and 1000 of all together.
+_LIMITS = {"params": 100, "tags": 100, "metrics": 800}
 
 #: HTTP statuses after which the same request may yet succeed: no permission (yet), timeout, too many requests.
 _LATER = (401, 403, 408, 429)
-
-
-def _parts(entries: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for begin in range(0, len(entries), size):
-        yield entries[begin : begin + size]
 
 
 def _brief(error: Exception) -> str:
@@ -127,27 +122,26 @@ class Client:
 
     # --- writing to a run
 
-    def write_params(self, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
-        """Log the parameters that the run lacks; those that it has with another value are returned."""
-        from mlflow.entities import Param
+    def write(
+        self,
+        run_id: str,
+        *,
+        when: int,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        metrics: Iterable[tuple[str, float, int]] = (),
+    ) -> None:
+        """Log all of this in one request, or as few as the limits allow. ``metrics``: key, value, step."""
+        from mlflow.entities import Metric, Param, RunTag
 
-        there = self._client.get_run(run_id).data.params
-        new = [Param(key, value) for key, value in params.items() if key not in there]
-        for part in _parts(new, _ENTRIES):
-            self._client.log_batch(run_id, params=part)
-        return {key: value for key, value in params.items() if there.get(key, value) != value}
-
-    def write_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        for part in _parts([RunTag(key, value) for key, value in tags.items()], _ENTRIES):
-            self._client.log_batch(run_id, tags=part)
-
-    def write_metrics(self, run_id: str, metrics: Mapping[str, float], step: int, when: int) -> None:
-        from mlflow.entities import Metric
-
-        for part in _parts([Metric(key, value, when, step) for key, value in metrics.items()], _METRICS):
-            self._client.log_batch(run_id, metrics=part)
+        new = {
+            "params": [Param(key, value) for key, value in (params or {}).items()],
+            "tags": [RunTag(key, value) for key, value in (tags or {}).items()],
+            "metrics": [Metric(key, value, when, step) for key, value, step in metrics],
+        }
+        while any(new.values()):
+            self._client.log_batch(run_id, **{what: entries[: _LIMITS[what]] for what, entries in new.items()})
+            new = {what: entries[_LIMITS[what] :] for what, entries in new.items()}
 
     def write_dataset(self, run_id: str, dataset: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

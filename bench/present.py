@@ -129,7 +129,7 @@ def _why_nothing(outcome: str, summary: Mapping[str, Any]) -> str:
 
 def study_link(mlflow: Mapping[str, Any], options: Options) -> str | None:
     """The page of this study's runs: on the server that was named, or where `bench ui` will show them."""
-    if mlflow["experiment_id"] is None:  # the store could not be reached; what was not delivered is spooled
+    if mlflow["experiment_id"] is None:  # the store could not be reached
         return None
     uri = options.tracking_uri or ""
     base = uri if uri.startswith("http") else "http://127.0.0.1:5000"

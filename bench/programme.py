@@ -209,8 +209,8 @@ def recorded(
         check_covers(name, before.get("config", {}), config)
         identity = str(before.get("id") or uuid.uuid4().hex)
         write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
-        spool = place.options.results / "spool"
-        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
+        results = place.options.results
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             tracker.study(name, config=config.to_dict(), tags=tags, identity=identity)
             tracker.dataset(*place.dataset)
             yield tracker

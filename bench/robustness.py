@@ -222,8 +222,8 @@ def measure(
     place, folder, name = ready.place, ready.folder, ready.config.name
     with claim(folder):
         identity, kept = _write_config(ready, keep_networks)
-        spool = place.options.results / "spool"
-        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
+        results = place.options.results
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             source = Robustness(ready, tracker, RowFile(folder / "rows.jsonl", say=say))
             first = ready.plan.networks[0].config
             tags = {"bench.arch": first.arch, "bench.rules": ",".join(ready.config.rules)}

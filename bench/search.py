@@ -78,8 +78,8 @@ def opened(ready: Ready, *, say: Callable[[str], None]) -> Iterator[Open]:
         url=place.options.storage,
     ) as study:
         book = _write_config(ready, say)
-        spool = place.options.results / "spool"
-        with Tracker.open(uri=place.uri, artifacts=place.artifacts, spool=spool, say=say) as tracker:
+        results = place.options.results
+        with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             rows = RowFile(folder / "rows.jsonl", say=say)
             controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
             campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)

@@ -127,9 +127,11 @@ def _record(
     """By name, what was timed, its numbers and its tags; each time they are new runs."""
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
     this = digest([sorted(runs), time.time_ns()])[:8]
-    with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
-        tracker.study(STUDY, config={}, identity="bench speed", live=None)  # other measurements may be under way
+    with Tracker.open(uri=uri, artifacts=artifacts, results=results, say=say) as tracker:
+        tracker.study(STUDY, config={}, identity="bench speed")
         for name, (config, metrics, tags) in runs.items():
             tracker.start(f"{name}-{this}", "speed", config, tags)
             result = TrialResult(config=config, status="finished", metrics=dict(metrics), provenance=where)
             tracker.finish(f"{name}-{this}", result)
+        if tracker.close():  # there are no rows of it
+            say("MLflow has not all of this measurement; measure again when it answers.")

@@ -12,7 +12,7 @@ from bench.checkpoint import checkpoint_file, load_weights, read_checkpoint
 from bench.config import TrialConfig, UserError, digest
 from bench.rows import TRAININGS, RowFile, row
 from bench.stores import embedded
-from bench.tracking import Tracker
+from bench.tracking import Tracker, sharing
 from bench.training import Diverged, pick_device, prepare
 from bench.trial import alignment, resume, run_trial, score
 
@@ -38,8 +38,17 @@ def train(
     del trial
     uri, artifacts = (tracking_uri, None) if tracking_uri else embedded(results)
     uid = f"{TRAININGS}-{digest([config.to_dict(), time.time_ns()])}"
-    with Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool", say=say) as tracker:
-        tracker.study(TRAININGS, config={}, tags={}, live=None)  # other trainings may be under way
+    rows = RowFile(results / TRAININGS / "rows.jsonl", say=say)
+    with (
+        sharing(results / TRAININGS) as alone,
+        Tracker.open(uri=uri, artifacts=artifacts, results=results, say=say) as tracker,
+    ):
+        tracker.study(TRAININGS, config={}, tags={}, sweep=alone)
+        for known in rows.read():
+            try:
+                tracker.record(known["uid"], known["kind"], known)
+            except UserError as error:  # of an earlier training: this one goes on
+                say(f"{rows.path}: the row of {known['uid']} is not recorded in MLflow ({error}).")
         tracker.dataset(*dataset)
         tracker.start(uid, "train", config, {"bench.rule": config.rule})
 
@@ -59,7 +68,7 @@ def train(
             read_test=read_test,
         )
         filed = row(uid, TRAININGS, "train", result)
-        RowFile(results / TRAININGS / "rows.jsonl", say=say).append(filed)
+        rows.append(filed)
         tracker.finish(uid, result)
         if result.reason:
             say(f"{result.status}: {result.reason}")

@@ -25,7 +25,7 @@ class Book:
         self.said: list[str] = []
 
     def open(self) -> Tracker:
-        return Tracker.open(uri=self.uri, artifacts=self.artifacts, spool=self.results / "spool", say=self.said.append)
+        return Tracker.open(uri=self.uri, artifacts=self.artifacts, results=self.results, say=self.said.append)
 
     def client(self) -> Any:
         from mlflow import MlflowClient

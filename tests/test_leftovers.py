@@ -17,8 +17,6 @@ from bench.leftovers import check_leftovers
 from bench.reading import find
 from bench.rows import RowFile, row
 from bench.space_files import load_space
-from bench.spool import Spool
-from bench.stores import embedded, key
 from mlflow_book import finished
 
 SPACE = load_space("mirror", "resnet18", space="reference").to_dict()
@@ -36,14 +34,6 @@ def begin(results: Path, name: str, *, trials: int, ran: int) -> Path:
     return folder
 
 
-def leave(results: Path, uri: str, operations: int) -> None:
-    file = Spool(results / "spool", key(uri, results), uri).create("a study")
-    assert file is not None
-    for _ in range(operations):
-        file.append(b"{}")
-    file.close()
-
-
 def found(results: Path) -> dict[str, Check]:
     checks = check_leftovers(results)
     assert all(bool(check.remedy) == (check.status != "ok") for check in checks)
@@ -51,19 +41,6 @@ def found(results: Path) -> dict[str, Check]:
 
 
 DEEP = "[" * 100_000
-
-
-@pytest.mark.parametrize("head", [DEEP, '{"store": [], "study": "s", "delivered": 3}', '{"study": {}, "delivered": 3}'])
-def test_a_spool_file_with_a_damaged_first_line_is_counted(tmp_path: Path, head: str) -> None:
-    (tmp_path / "spool").mkdir()
-    (tmp_path / "spool" / "spool-key-1.jsonl").write_text(f"{head}\n{{}}\n")
-    assert "2 operations for an unnamed store" in found(tmp_path)["spool"].detail
-
-
-def test_a_spool_file_whose_first_line_tells_a_place_beyond_its_end_is_delivered_whole(tmp_path: Path) -> None:
-    (tmp_path / "spool").mkdir()
-    (tmp_path / "spool" / "spool-key-1.jsonl").write_text(f'{{"delivered": 1{"0" * 400}}}\n{{}}\n')
-    assert "1 operations for an unnamed store" in found(tmp_path)["spool"].detail
 
 
 def measurement(results: Path, rules: dict[str, Any], summary: str) -> Path:
@@ -100,33 +77,10 @@ def test_a_level_that_is_no_number_is_no_point_of_a_curve(tmp_path: Path) -> Non
 
 def test_of_nothing_nothing_is_left(tmp_path: Path) -> None:
     assert {name: check.status for name, check in found(tmp_path / "results").items()} == {
-        "spool": "ok",
-        "refused": "ok",
         "studies": "ok",
         "torn files": "ok",
     }
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_not_delivered_is_counted_by_store_with_its_remedy(tmp_path: Path) -> None:
-    for uri, operations in ((embedded(tmp_path)[0], 2), ("http://host:5000", 3), ("http://host:5000", 4)):
-        leave(tmp_path, uri, operations)
-    (tmp_path / "spool" / "rejected.jsonl").write_text("{}\n{}\n")
-    checks = found(tmp_path)
-    assert checks["spool"].status == "warn"
-    assert checks["spool"].detail == "7 operations for http://host:5000, 2 operations for the embedded store"
-    assert checks["spool"].remedy == "bench sync; bench sync --tracking-uri http://host:5000"
-    assert checks["refused"].status == "warn"
-    assert checks["refused"].detail == "MLflow refused 2 operations"
-
-
-def test_what_a_living_run_delivers_is_no_leftover(tmp_path: Path) -> None:
-    file = Spool(tmp_path / "spool", "key", "http://host").create("a study")
-    assert file is not None
-    file.append(b"{}")
-    assert found(tmp_path)["spool"].status == "ok"
-    file.close()
-    assert found(tmp_path)["spool"].status == "warn"
 
 
 def test_studies_that_stopped_before_their_budget_was_used(tmp_path: Path) -> None:

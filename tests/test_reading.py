@@ -67,7 +67,7 @@ def test_every_kind_of_book_is_known() -> None:
 def test_all_studies_are_found_by_name_and_nothing_else(tmp_path: Path) -> None:
     for name, book in (("b", "matrix.yaml"), ("a", "study.yaml"), ("d", "transfer.yaml"), ("c", "robustness.yaml")):
         write_yaml(tmp_path / name / book, {"id": "1"})
-    for other in ("controls", "published", "spool"):
+    for other in ("controls", "published"):
         (tmp_path / other).mkdir()
     (tmp_path / "mlflow.db").touch()
     assert [(found.name, found.kind) for found in find(tmp_path)] == [

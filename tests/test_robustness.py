@@ -373,11 +373,10 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def content(book: Book, name: str) -> list[Any]:
-    """All that MLflow holds, but when it was last begun, and by which revision of the code: both may change."""
+    """All that MLflow holds, but by which revision of the code, which may change."""
     found = book.snapshot(name)
     for _, _, tags, *_ in found:
         tags.pop("bench.git_revision", None)
-        tags.pop("bench.begun")
     return found  # type: ignore[no-any-return]
 
 

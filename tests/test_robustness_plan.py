@@ -378,7 +378,7 @@ R = ["robustness", "--rule", "sign", "--arch", "lenet"]
         ([*R, "--set", "update_noise=0.1"], "set update_noise=0"),
         ([*R, "--study", "none"], "--study none: there is no"),
         ([*R, "--config", "none.yaml"], "none.yaml"),
-        ([*R, "--name", "spool"], "--name"),
+        ([*R, "--name", "controls"], "--name"),
         ([*R, "--device", "tpu9"], "cannot be used here"),
         (["robustness", "--checkpoint", "none.pt"], "none.pt"),
         (["robustness", "--checkpoint", "none.pt", "--epochs", "3"], "brings its configuration"),

@@ -31,7 +31,7 @@ def test_an_address_that_cannot_work_is_refused_in_one_line(tmp_path: Path, uri:
     (tmp_path / "text").write_text("this is plain text\n")
     uri = uri.format(port=free_port(), tmp=tmp_path)
     with pytest.raises(UserError, match=said) as caught:
-        Tracker.open(uri=uri, artifacts=None, spool=tmp_path, say=pytest.fail)
+        Tracker.open(uri=uri, artifacts=None, results=tmp_path, say=pytest.fail)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
 

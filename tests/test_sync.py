@@ -16,17 +16,13 @@ import pytest
 
 from bench.cli import main
 from bench.config import StudyConfig
-from bench.delivery import UnreachableError
 from bench.files import write_yaml
 from bench.journal import claim
 from bench.mlflow_client import Client
-from bench.mlflow_store import Store
 from bench.rows import RowFile, row
 from bench.space_files import load_space
-from bench.spool import Spool, survey
-from bench.stores import embedded, key
-from bench.tracking import Tracker
-from mlflow_book import CONFIG, Book, delivered, epochs, finished, free_port, made, run_whole
+from bench.tracking import Tracker, sharing
+from mlflow_book import CONFIG, Book, delivered, finished, free_port, made, run_whole
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,7 +82,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from bench.tracking import Tracker
-from mlflow_book import CONFIG, Book, epochs, finished, run_whole
+from mlflow_book import CONFIG, Book, epochs
 from test_sync import tell
 
 tracker = Book(Path(sys.argv[1])).open()
@@ -96,7 +92,6 @@ for uid in ("filed", "lost", "later"):
     tracker.report(uid, 1, epochs(1)[0])
     if uid == sys.argv[2]:
         assert tracker.flush(100)
-tracker.finish("filed", finished(2))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -109,30 +104,24 @@ def test_after_a_killed_driver_all_is_there_and_nothing_runs(
     begin(book.results, "filed")
     done = subprocess.run([sys.executable, "-c", DRIVER, str(book.results), reached], check=False)
     assert done.returncode == -signal.SIGKILL
-    (left,) = survey(book.results / "spool")
-    assert not left.held
     status, found = sync(book.results, capsys)
     (study,) = found["studies"]
-    assert status == 0
-    assert study["delivered"] == left.operations > 0
-    assert study["recorded"] == 0
-    assert study["ended"] == 3, "two trials without a row, and the study's own run"
+    assert (status, study["recorded"], study["agrees"]) == (0, 1, True)
     children = book.children(NAME)
-    assert {uid: r.info.status for uid, r in children.items()} == {
-        "filed": "FINISHED",
-        "lost": "KILLED",
-        "later": "KILLED",
-    }
-    assert children["lost"].data.tags["bench.status"] == "interrupted"
-    assert book.parent(NAME).info.status == "KILLED"
+    assert children["filed"].info.status == "FINISHED"
     assert book.points(children["filed"], "val_acc") == [(1, 0.6), (2, 0.7)]
-    assert book.points(children["lost"], "val_acc") == [(1, 0.6)]
+    others = [run for uid, run in children.items() if uid != "filed"]
+    assert {(r.info.status, r.data.tags["bench.status"]) for r in others} <= {("KILLED", "interrupted")}
+    if reached == "later":
+        assert study["ended"] == 3, "two trials without a row, and the study's own run"
+        assert children.keys() == {"filed", "lost", "later"}
+        assert book.points(children["lost"], "val_acc") == [(1, 0.6)]
+    assert book.parent(NAME).info.status == "KILLED"
     assert "rows.jsonl" in book.files(book.parent(NAME))
-    assert list((book.results / "spool").glob("*.jsonl")) == []
     before = book.snapshot(NAME)
     status, found = sync(book.results, capsys)
     assert status == 0
-    assert found["studies"] == [{**study, "delivered": 0, "ended": 0}]
+    assert found["studies"] == [{**study, "recorded": 0, "ended": 0}]
     assert book.snapshot(NAME) == before
 
 
@@ -157,9 +146,10 @@ def test_from_the_rows_alone_mlflow_has_what_the_driver_would_have_told_it(
 
 
 def timeless(snapshot: Any) -> Any:
-    """Without the times in tags, and whose revision it is: of a run's start, or of its row."""
-    dropped = ("bench.begun", "bench.git_revision")
-    return [(s, p, {k: v for k, v in tags.items() if k not in dropped}, *rest) for s, p, tags, *rest in snapshot]
+    """Without whose revision it is: of a run's start, or of its row."""
+    return [
+        (s, p, {k: v for k, v in tags.items() if k != "bench.git_revision"}, *rest) for s, p, tags, *rest in snapshot
+    ]
 
 
 def test_a_study_under_a_living_driver_is_left_to_it(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,67 +166,13 @@ def test_a_study_under_a_living_driver_is_left_to_it(book: Book, capsys: pytest.
             assert book.children(NAME)["a"].info.status == book.parent(NAME).info.status == "RUNNING"
 
 
-def test_a_driver_that_holds_no_folder_is_known_by_its_spool(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(book.results)  # as of a matrix, which several processes may run
-    with book.open() as tracker:
-        tell(tracker)
-        delivered(tracker)
-        _, found = sync(book.results, capsys)
-        assert [s["agrees"] for s in found["studies"]] == [None]
-        assert book.parent(NAME).info.status == "RUNNING"
-    _, found = sync(book.results, capsys)
-    assert [s["agrees"] for s in found["studies"]] == [True]
-
-
-def test_what_a_dead_driver_left_ends_nothing_of_a_living_one(
-    book: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its file comes, by another process, when the study has long been taken up again."""
-    with monkeypatch.context() as outage:
-
-        def away(store: Store, operation: object) -> None:
-            raise UnreachableError(f"{store} {operation}")
-
-        outage.setattr(Store, "deliver", away)
-        dead = book.open()
-        tell(dead)
-        for uid in ("again", "only here", "done"):
-            dead.start(uid, "search", CONFIG)
-            dead.report(uid, 1, epochs(1)[0])
-        dead.headline({"val_acc": 0.1})
-        dead.finish("done", finished(2))
-        assert dead.close("FAILED", timeout=0) == 13
-    (file,) = (book.results / "spool").glob("*.jsonl")
-    file.rename(tmp_path / "aside")
-    with book.open() as living:
-        tell(living)
-        living.start("again", "search", CONFIG)
-        living.headline({"val_acc": 0.9})
-        delivered(living)
-        (tmp_path / "aside").rename(file)
-        with book.open() as other:
-            delivered(other)
-        statuses = {uid: r.info.status for uid, r in book.children(NAME).items()}
-        assert statuses == {"again": "RUNNING", "only here": "KILLED", "done": "FINISHED"}
-        assert book.parent(NAME).info.status == "RUNNING"
-        assert book.points(book.parent(NAME), "val_acc") == [(0, 0.9)]
-        living.report("again", 1, epochs(1)[0])
-        living.finish("again", finished(2))
-    children = book.children(NAME)
-    assert {r.info.status for r in (*children.values(), book.parent(NAME))} == {"FINISHED", "KILLED"}
-    assert book.points(children["again"], "val_acc") == book.points(children["done"], "val_acc") == [(1, 0.6), (2, 0.7)]
-    assert book.points(children["only here"], "val_acc") == [(1, 0.6)]
-
-
 def test_single_trainings_are_recorded_and_ended_too(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
-    RowFile(book.results / "train" / "rows.jsonl").append(row("train-1", "train", "train", finished(2)))
-    with book.open() as tracker:
-        tracker.study("train", config={}, live=None)
-        tracker.start("train-2", "train", CONFIG)
-        delivered(tracker)
+    left_by_killed_trainings(book)
+    with sharing(book.results / "train") as alone:
+        assert alone
         _, found = sync(book.results, capsys)
         assert [s["agrees"] for s in found["studies"]] == [None]
-        tracker.end = lambda _: None  # type: ignore[method-assign]  # as if it were killed here
+        assert book.children("train")["train-2"].info.status == "RUNNING"
     _, found = sync(book.results, capsys)
     assert [(s["study"], s["recorded"], s["agrees"]) for s in found["studies"]] == [("train", 1, True)]
     assert {uid: r.info.status for uid, r in book.children("train").items()} == {
@@ -245,31 +181,51 @@ def test_single_trainings_are_recorded_and_ended_too(book: Book, capsys: pytest.
     }
 
 
-def test_the_spool_of_another_store_is_named(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
-    for store in ("http://***@host:5000", "http://elsewhere"):
-        file = Spool(book.results / "spool", key(store, book.results), store).create("a study")
-        assert file is not None
-        file.append(b"{}")
-        file.close()
-    assert main(["sync", "--results", str(book.results)]) == 0
-    said = capsys.readouterr().out
-    assert "1 operations are for http://***@host:5000: bench sync --tracking-uri http://***@host:5000 (with its" in said
-    assert "1 operations are for http://elsewhere: bench sync --tracking-uri http://elsewhere delivers them." in said
+def left_by_killed_trainings(book: Book) -> None:
+    """One killed after its row, of which MLflow has nothing, and one before."""
+    RowFile(book.results / "train" / "rows.jsonl").append(row("train-1", "train", "train", finished(2)))
+    tracker = book.open()
+    tracker.study("train", config={})
+    tracker.start("train-2", "train", CONFIG)
+    delivered(tracker)
 
 
-def test_what_is_refused_is_counted_and_the_rest_is_delivered(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
-    begin(book.results, "a")
-    uri, _ = embedded(book.results)
-    file = Spool(book.results / "spool", key(uri, book.results), uri).create(NAME)
-    assert file is not None
-    file.append(b'{"op": "begin", "stu')
-    file.close()
+def test_the_next_training_records_and_ends_what_a_killed_one_left(
+    book: Book, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_by_killed_trainings(book)
+    quick = ["--set", "train_examples=64", "--set", "batch_size=32", "--epochs", "1", "--results", str(book.results)]
+    with sharing(book.results / "train"):  # another one is under way: it may be train-2
+        assert main(["train", "--rule", "backprop", "--arch", "lenet", *quick]) == 0
+        statuses = {uid: run.info.status for uid, run in book.children("train").items()}
+        assert (statuses.pop("train-1"), statuses.pop("train-2")) == ("FINISHED", "RUNNING")
+        assert list(statuses.values()) == ["FINISHED"]
+    assert book.points(book.children("train")["train-1"], "val_acc") == [(1, 0.6), (2, 0.7)]
+    assert main(["train", "--rule", "backprop", "--arch", "lenet", *quick]) == 0
+    assert book.children("train")["train-2"].info.status == "KILLED"
+    capsys.readouterr()
+
+
+def test_what_mlflow_refuses_is_said_and_the_rest_is_recorded(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(book.results, "a", "b")
+    with book.open() as tracker:
+        tell(tracker)
+        tracker.start("a", "search", CONFIG.replace(lr=0.7))
+        delivered(tracker)
     status, found = sync(book.results, capsys)
-    assert (status, found["rejected"]) == (1, 1)
-    assert [(s["recorded"], s["agrees"]) for s in found["studies"]] == [(1, True)]
-    (entry,) = (book.results / "spool" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(entry)["operation"] == '{"op": "begin", "stu'
+    (study,) = found["studies"]
+    assert (status, study["recorded"], study["agrees"]) == (1, 1, False)
+    assert "the row of a is not recorded (a was recorded with another lr)" in study["note"]
+    assert book.children(NAME)["b"].info.status == "FINISHED"
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_recorded_again(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(book.results, "a", "b")
     assert sync(book.results, capsys)[0] == 0
+    before = timeless(book.snapshot(NAME))
+    book.client().delete_run(book.children(NAME)["a"].info.run_id)
+    assert sync(book.results, capsys)[1]["studies"][0]["recorded"] == 1
+    assert timeless(book.snapshot(NAME)) == before
 
 
 def test_one_damaged_study_does_not_keep_the_others_from_it(book: Book, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +259,7 @@ def test_one_damaged_row_does_not_keep_the_others_from_it(book: Book, capsys: py
     status, found = sync(book.results, capsys)
     (study,) = found["studies"]
     assert (status, study["recorded"], study["agrees"]) == (1, 2, False)
-    assert "1 rows have no run; the row of b is damaged (" in study["note"]
+    assert "the row of b is not recorded (" in study["note"]
     assert "momentum" in study["note"]
     assert set(book.children(NAME)) == {"a", "c"}
     assert book.files(book.parent(NAME)) == {"study.yaml", "rows.jsonl"}

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from bench import delivery
+from bench import mlflow_queue
 from bench.files import write_yaml
 from bench.rows import RowFile, row
-from bench.spool import survey
 from bench.tracking import Tracker
 from mlflow_book import CONFIG, Book, epochs, finished
 from mlflow_server import Server, SlowProxy
@@ -70,7 +69,7 @@ def test_a_slow_server_holds_nothing_up_and_loses_nothing(server: Server, tmp_pa
     begin(results)
     with SlowProxy(server.port) as proxy:
         proxy.delay = 2.0
-        tracker = Tracker.open(uri=proxy.uri, artifacts=None, spool=results / "spool", say=said.append)
+        tracker = Tracker.open(uri=proxy.uri, artifacts=None, results=results, say=said.append)
         before = proxy.answered
         tell(tracker)
         tracker.start("a", "search", CONFIG)
@@ -85,11 +84,10 @@ def test_a_slow_server_holds_nothing_up_and_loses_nothing(server: Server, tmp_pa
         left = tracker.close(timeout=10)
         print(f"longest put {longest * 1e3:.2f} ms; {left} operations left")
         assert left > 290
-        assert "they are kept in" in said[-1]
-        assert [one.operations for one in survey(results / "spool")] == [left]
+        assert "bench sync records from the rows" in said[-1]
         proxy.delay = 0.0
         found = synced(tmp_path, proxy.uri)
-    assert [(s["delivered"], s["recorded"], s["agrees"]) for s in found["studies"]] == [(left, 0, True)]
+    assert [(s["recorded"], s["agrees"]) for s in found["studies"]] == [(1, True)]
     remote = book_of(server, tmp_path)
     child = remote.children(NAME)["a"]
     history = sorted(remote.client().get_metric_history(child.info.run_id, "epoch"), key=lambda p: p.timestamp)
@@ -106,7 +104,7 @@ from mlflow_book import CONFIG, epochs, finished
 from test_sync import NAME, tell
 
 results, uri, server = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-tracker = Tracker.open(uri=uri, artifacts=None, spool=results / "spool")
+tracker = Tracker.open(uri=uri, artifacts=None, results=results)
 tell(tracker)
 tracker.start("before", "search", CONFIG)
 assert tracker.flush(100)
@@ -129,35 +127,26 @@ def test_a_driver_killed_in_an_outage_and_no_further_run(server: Server, tmp_pat
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert "does not answer" in done.stdout
-    (left,) = survey(results / "spool")
-    assert (left.operations, left.study, left.store) == (6, NAME, server.uri)
     away = bench("sync", "--tracking-uri", server.uri, cwd=tmp_path)
     assert away.returncode == 1
     assert len(away.stderr.splitlines()) == 1
-    assert [one.operations for one in survey(results / "spool")] == [6]
     server.kill()
     server.start()
     server.ready()
     (study,) = synced(tmp_path, server.uri)["studies"]
-    assert (study["delivered"], study["recorded"], study["ended"]) == (6, 0, 3)
+    assert (study["recorded"], study["ended"], study["agrees"]) == (1, 2, True)
     remote = book_of(server, tmp_path)
     children = remote.children(NAME)
-    assert {uid: r.info.status for uid, r in children.items()} == {
-        "before": "KILLED",
-        "filed": "FINISHED",
-        "lost": "KILLED",
-    }
+    assert {uid: r.info.status for uid, r in children.items()} == {"before": "KILLED", "filed": "FINISHED"}
     assert remote.parent(NAME).info.status == "KILLED"
     assert remote.points(children["filed"], "val_acc") == [(1, 0.6), (2, 0.7)]
-    assert remote.points(children["before"], "val_acc") == remote.points(children["lost"], "val_acc") == [(1, 0.6)]
-    assert list((results / "spool").glob("*.jsonl")) == []
 
 
 def test_down_in_the_middle_and_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "LAST_WAIT", 0.5)
+    monkeypatch.setattr(mlflow_queue, "LAST_WAIT", 0.5)
     results, said = tmp_path / "results", []
     begin(results)
-    with Tracker.open(uri=server.uri, artifacts=None, spool=results / "spool", say=said.append) as tracker:
+    with Tracker.open(uri=server.uri, artifacts=None, results=results, say=said.append) as tracker:
         tell(tracker)
         tracker.start("a", "search", CONFIG)
         for n in range(1, 31):
@@ -177,7 +166,6 @@ def test_down_in_the_middle_and_back(server: Server, tmp_path: Path, monkeypatch
     remote = book_of(server, tmp_path)
     assert [step for step, _ in remote.points(remote.children(NAME)["a"], "val_acc")] == list(range(1, 31))
     assert remote.parent(NAME).info.status == "FINISHED"
-    assert list((results / "spool").glob("*.jsonl")) == []
 
 
 SEARCH = [
@@ -207,13 +195,11 @@ def test_a_search_whose_server_is_gone_for_good(server: Server, tmp_path: Path) 
     assert process.returncode == 0, err
     summary = json.loads(out)
     assert sum(summary["trials"].values()) == 3
-    assert "bench sync delivers them" in err
-    (left,) = survey(tmp_path / "results" / "spool")
-    assert left.operations > 0
+    assert "bench sync records from the rows" in err
     server.start()
     server.ready()
     (study,) = synced(tmp_path, server.uri)["studies"]
-    assert (study["delivered"], study["recorded"], study["ended"]) == (left.operations, 0, 0)
+    assert study["recorded"] > 0
     remote = book_of(server, tmp_path)
     children = remote.children(name)
     assert {r.info.status for r in (*children.values(), remote.parent(name))} == {"FINISHED"}
@@ -222,4 +208,3 @@ def test_a_search_whose_server_is_gone_for_good(server: Server, tmp_path: Path) 
     best = summary["confirmed"][0]["test_acc"]["mean"]
     assert remote.parent(name).data.metrics["test_acc"] == pytest.approx(best)
     assert "report.html" in remote.files(remote.parent(name))
-    assert list((tmp_path / "results" / "spool").glob("*.jsonl")) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from bench import delivery
-from bench.mlflow_store import Store
+from bench import mlflow_queue
+from bench.mlflow_client import Client
+from bench.mlflow_queue import UnreachableError
 from bench.rows import row
 from bench.tracking import Tracker
 from mlflow_book import CONFIG, Book, delivered, epochs, finished, made, run_whole, study_name
@@ -44,9 +47,9 @@ from bench.tracking import Tracker
 
 results, name = Path(sys.argv[1]), sys.argv[2]
 uri, artifacts = embedded(results)
-tracker = Tracker.open(uri=uri, artifacts=artifacts, spool=results / "spool")
+tracker = Tracker.open(uri=uri, artifacts=artifacts, results=results)
 tracker.study(name, config={})
-for uid in ("goes-on", "filed", "lost", "elsewhere"):
+for uid in ("goes-on", "filed", "lost"):
     tracker.start(uid, "search", TrialConfig(rule="mirror", coefficients={"amp": 0.5, "decay": 1e-3}, seed=3))
     tracker.report(uid, 1, {"val_acc": 0.6, "train_loss": 1.0})
 assert tracker.flush(60)
@@ -59,12 +62,12 @@ def test_after_the_driver_was_killed_nothing_stays_running(book: Book, name: str
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert {r.info.status for r in book.children(name).values()} == {"RUNNING"}
     with book.open() as tracker:
-        tracker.study(name, config={}, live=["elsewhere"])
+        tracker.study(name, config={})
         tracker.record("filed", "search", row("filed", name, "search", finished(2)))
         tracker.start("goes-on", "search", CONFIG)
         delivered(tracker)
         statuses = {uid: r.info.status for uid, r in book.children(name).items()}
-        assert statuses == {"goes-on": "RUNNING", "filed": "FINISHED", "lost": "KILLED", "elsewhere": "RUNNING"}
+        assert statuses == {"goes-on": "RUNNING", "filed": "FINISHED", "lost": "KILLED"}
         tracker.finish("goes-on", finished(2))
         delivered(tracker)
     children = book.children(name)
@@ -87,7 +90,7 @@ def test_what_was_made_twice_because_an_answer_was_lost_is_ended(book: Book, nam
             tags = {key: value for key, value in run.data.tags.items() if key not in ("bench.status", "mlflow.user")}
             book.client().create_run(run.info.experiment_id, run.info.start_time - 1000, tags, run.info.run_name)
         with book.open() as other:
-            other.study(name, config={"a": 1}, live=["goes-on"])
+            other.study(name, config={"a": 1}, sweep=False)
             delivered(other)
         tracker.finish("goes-on", finished(2))
         delivered(tracker)
@@ -115,7 +118,8 @@ def test_a_place_for_artifacts_that_cannot_be_written_is_waited_for(book: Book, 
         place.unlink()
         delivered(tracker)
     assert book.files(book.parent(name)) == {"best.yaml"}
-    assert not (book.results / "spool" / "rejected.jsonl").exists()
+    assert "answers again" in book.said[1]
+    assert len(book.said) == 2
 
 
 def test_an_exception_ends_open_runs(book: Book, name: str) -> None:
@@ -128,41 +132,49 @@ def test_an_exception_ends_open_runs(book: Book, name: str) -> None:
     assert book.parent(name).info.status == "KILLED"
 
 
-def test_every_operation_may_come_twice(book: Book, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each operation twice, with nothing remembered in between, and then all of them again."""
-    operations: list[Any] = []
-    once = Store.deliver
-
-    def noted(store: Store, operation: Any) -> None:
-        operations.append(operation)
-        once(store, operation)
-
-    monkeypatch.setattr(Store, "deliver", noted)
+def test_an_operation_whose_answer_was_lost_may_come_twice(
+    book: Book, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them: carried out, said to be not, and tried again with nothing remembered."""
     (tmp_path / "file").write_text("x")
-    with book.open() as tracker:
-        tracker.study(name, config={"trials": 3})
-        tracker.dataset("digits", "0" * 64)
-        run_whole(tracker, "a", finished(2, status="diverged", metrics={"val_acc": 0.1}))
-        run_whole(tracker, "b", finished(2))
-        tracker.record("c", "control", row("c", "other", "control", finished(2)))
-        tracker.start("d", "search", CONFIG)
-        tracker.interrupt()
-        tracker.headline({"val_acc": 0.7})
-        delivered(tracker)  # so that the two have different times, as two starts of a search have
-        tracker.headline({"val_acc": 0.8})
-        tracker.artifacts([tmp_path / "file"])
-        assert tracker.close(timeout=60) == 0
-    before = book.snapshot(name)
-    assert len(before) == 5
-    assert len(operations) == 17
-    twin = f"{name}-twin"
-    for operation in [op for op in operations for _ in range(2)]:
-        tags = {**operation.get("tags", {}), "bench.study": twin, "bench.identity": twin}
-        once(Store(book.uri, book.artifacts, "bench"), {**operation, "study": twin, "identity": twin, "tags": tags})
-    assert [(s, p, m, i) for s, p, _, m, i in book.snapshot(twin)] == [(s, p, m, i) for s, p, _, m, i in before]
-    for operation in operations:
-        once(Store(book.uri, book.artifacts, "bench"), operation)
-    assert book.snapshot(name) == before
+
+    def told(study: str) -> Any:
+        with book.open() as tracker:
+            tracker.study(study, config={"trials": 3}, identity="one")
+            tracker.dataset("digits", "0" * 64)
+            run_whole(tracker, "a", finished(2, status="diverged", metrics={"val_acc": 0.1}))
+            run_whole(tracker, "b", finished(2))
+            tracker.record("c", "control", row("c", "other", "control", finished(2)))
+            tracker.start("d", "search", CONFIG)
+            tracker.report("d", 1, epochs(1)[0])
+            tracker.interrupt()
+            for value in (0.7, 0.8):
+                tracker.headline({"val_acc": value})
+                tracker.curve("update/mirror/test_acc", {0.0: 0.9, 0.1: value})
+                delivered(tracker)  # so that the two have different times, as two starts of a search have
+            tracker.artifacts([tmp_path / "file"])
+            assert tracker.close(timeout=60) == 0
+        assert book.files(book.parent(study)) == {"file"}
+        found = book.snapshot(study)
+        for _, _, tags, *_ in found:
+            del tags["bench.study"], tags["mlflow.runName"]
+        return found
+
+    wanted = told(f"{name}-twin")
+    assert len(wanted) == 5
+    asked, calls = Client.asked, itertools.count()
+
+    @contextlib.contextmanager
+    def lossy(client: Client) -> Iterator[None]:
+        with asked(client):
+            yield
+        if next(calls) % 2 == 0:
+            raise UnreachableError("the answer is lost")
+
+    monkeypatch.setattr(Client, "asked", lossy)
+    monkeypatch.setattr(mlflow_queue, "FIRST_WAIT", 0.01)
+    assert told(name) == wanted
+    assert next(calls) == 2 * 20
 
 
 @pytest.fixture
@@ -179,15 +191,16 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def test_a_server_killed_in_the_middle_costs_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "LAST_WAIT", 0.5)
+    monkeypatch.setattr(mlflow_queue, "LAST_WAIT", 0.5)
     said: list[str] = []
     remote = Book(tmp_path)
     remote.uri = server.uri
 
-    def begin(study: str) -> Tracker:
-        tracker = Tracker.open(uri=server.uri, artifacts=None, spool=tmp_path / study, say=said.append)
+    def begin(study: str, *, goes_on: bool = True) -> Tracker:
+        tracker = Tracker.open(uri=server.uri, artifacts=None, results=tmp_path, say=said.append)
         tracker.study(study, config={"trials": 1})
-        tracker.start("a", "search", CONFIG)
+        if goes_on:
+            tracker.start("a", "search", CONFIG)
         return tracker
 
     (tmp_path / "best.yaml").write_text("x: 1")
@@ -205,13 +218,15 @@ def test_a_server_killed_in_the_middle_costs_nothing(
         tracker.finish("a", finished(40))
         tracker.artifacts([tmp_path / "best.yaml"])
     assert hasty.close(timeout=0.5) > 20
-    assert "they are kept in" in said[-1]
+    assert "bench sync records from the rows" in said[-1]
     assert not patient.flush(0.5)
     server.start()
     server.ready()
-    with Tracker.open(uri=server.uri, artifacts=None, spool=tmp_path / "hasty", say=said.append) as again:
-        assert again.flush(60)
-    assert not list((tmp_path / "hasty").glob("*.jsonl"))
+    again = begin("hasty", goes_on=False)  # the next start of the same command
+    again.record("a", "search", row("a", "hasty", "search", finished(40)))
+    again.artifacts([tmp_path / "best.yaml"])
+    delivered(again)
+    assert again.close() == 0
     delivered(patient)
     assert patient.close() == 0
     for study in ("patient", "hasty"):

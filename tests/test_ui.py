@@ -246,7 +246,7 @@ def read_until_ready(process: subprocess.Popen[str]) -> list[str]:
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_the_real_server_answers_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     uri, artifacts = embedded(tmp_path)
-    with Tracker.open(uri=uri, artifacts=artifacts, spool=tmp_path / "spool") as tracker:
+    with Tracker.open(uri=uri, artifacts=artifacts, results=tmp_path) as tracker:
         tracker.study("seen", config={})
         tracker.start("seen-0000", "search", TrialConfig(rule="backprop"))
         assert tracker.flush(60)

@@ -52,7 +52,7 @@ LEAST_ROOM = 2**16
 LONGEST_NAME = 100
 
 #: Folders under the results that are no study's.
-KEPT_FOLDERS = ("controls", "mlartifacts", "published", "spool", "train")
+KEPT_FOLDERS = ("controls", "mlartifacts", "published", "train")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

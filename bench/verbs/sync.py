@@ -18,7 +18,7 @@ DISAGREES = 1
 
 
 def add(verbs: Any) -> None:
-    p = verb(verbs, "sync", _sync, "deliver what MLflow lacks of the results, and end what killed runs left open")
+    p = verb(verbs, "sync", _sync, "record what MLflow lacks of the results, and end what killed runs left open")
     add_results(p)
     add_json(p)
 
@@ -28,9 +28,9 @@ def _sync(given: argparse.Namespace) -> int:
     from bench.sync import sync
 
     try:
-        report = sync(given.results, given.tracking_uri, say=lambda line: print(line, file=sys.stderr, flush=True))
+        report = sync(given.results, given.tracking_uri)
     except MLflowAwayError as error:
-        print(f"bench: nothing was delivered, and nothing is lost: {error}", file=sys.stderr)
+        print(f"bench: nothing was recorded, and nothing is lost: {error}", file=sys.stderr)
         return DISAGREES
     if given.json:
         print(json.dumps({**dataclasses.asdict(report), "agrees": report.agrees}))
@@ -41,24 +41,17 @@ def _sync(given: argparse.Namespace) -> int:
 
 def _print(report: Report) -> None:
     """A table of the studies, and a line for what it does not say."""
-    from bench.sync import EMBEDDED
     from bench.terminal import console, table
 
     out = console(sys.stdout)
     words = {True: "yes", False: "no", None: ""}
-    rows = [[s.study, words[s.agrees], s.note, str(s.delivered), str(s.recorded), str(s.ended)] for s in report.studies]
+    rows = [[s.study, words[s.agrees], s.note, str(s.recorded), str(s.ended)] for s in report.studies]
     if rows:
-        columns = ["study", "agrees", "", "delivered", "recorded", "ended"]
-        note = "operations delivered from the spool, rows recorded, runs ended"
-        out.print(table(f"MLflow at {report.store}", columns, rows, texts=3, caption=note))
+        columns = ["study", "agrees", "", "recorded", "ended"]
+        out.print(table(f"MLflow at {report.store}", columns, rows, texts=3, caption="rows recorded, runs ended"))
     else:
         out.print(f"nothing here is for MLflow at {report.store}.", markup=False)
     if report.away:
-        kept = f"{report.left} operations stay in the spool" if report.left else "nothing is lost"
-        out.print(f"MLflow at {report.store} went away ({report.away}); {kept}: run bench sync again.", markup=False)
-    if report.rejected:
-        out.print(f"{report.rejected} operations were refused for good; see spool/rejected.jsonl.", markup=False)
-    for store, operations in report.elsewhere.items():
-        option = "without --tracking-uri" if store == EMBEDDED else f"--tracking-uri {store}"
-        whole = " (with its password)" if "***" in store else ""
-        out.print(f"{operations} operations are for {store}: bench sync {option}{whole} delivers them.", markup=False)
+        out.print(
+            f"MLflow at {report.store} went away ({report.away}); nothing is lost: run bench sync again.", markup=False
+        )
