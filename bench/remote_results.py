@@ -40,8 +40,8 @@ PERIOD, PATIENCE = 30.0, 30.0
 
 _MARK, _STATE = ".bench-upload", ".remote.json"
 #: What this machine keeps to itself of a results folder.
-_LOCAL_FOLDERS = ("spool", "mlartifacts")
-_LOCAL_NAMES = {"lock", "drivers", "ray.log", "checkpoints", "networks"}
+_LOCAL_FOLDERS = ("mlartifacts",)
+_LOCAL_NAMES = {"lock", "ray.log", "checkpoints", "networks"}
 _LOCAL_ENDS = (".tmp", ".new", ".part")
 
 #: pyarrow's clients try for minutes, unless they are told otherwise when they are made.

@@ -187,7 +187,7 @@ def test_what_changes_is_uploaded_while_work_goes_on_and_downloaded_elsewhere(
     uri: str, on: On, said: list[str]
 ) -> None:
     with working_folder(uri, writes=True, say=said.append) as results:
-        for local in ("s/lock", "s/ray.log", "s/x.yaml.tmp", "s/checkpoints/x.pt", "spool/x", "mlflow.db", ".x/y"):
+        for local in ("s/lock", "s/ray.log", "s/x.yaml.tmp", "s/checkpoints/x.pt", "mlartifacts/x", "mlflow.db", ".x/y"):
             append(results.folder, local, "stays here")
         append(results.folder, "s/rows.jsonl", ROW)
         until(lambda: there(uri) == ROW)
