@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bench.choices import SAMPLERS
 from bench.config import StudyConfig
-from bench.proposals import propose, shown
+from bench.proposals import fits, middle, propose, shown
 
 SPACE = {"amp": FloatDistribution(0.0, 1.0), "null": FloatDistribution(0.0, 1.0)}
 
@@ -40,6 +40,29 @@ def test_shown_are_the_newest_the_running_and_the_best() -> None:
     assert shown(trials, 0) == []
     assert len(shown(trials, 1)) == 1  # what is running is never left out
     assert shown([], 5) == []
+
+
+def test_the_middle_is_on_the_scale_of_each_range_and_on_its_grid() -> None:
+    ranges = {
+        "log": FloatDistribution(1e-3, 1e-1, log=True),
+        "linear": FloatDistribution(1.0, 4.0),
+        "stepped": FloatDistribution(0.0, 1.0, step=0.2),
+        "whole": IntDistribution(1, 100, log=True),
+        "choice": CategoricalDistribution(["normal", "uniform"]),
+    }
+    found = middle(ranges)
+    assert found == {"log": pytest.approx(1e-2), "linear": 2.5, "stepped": 0.4, "whole": 10, "choice": "normal"}
+    assert fits(found, ranges, {})
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_the_first_trial_is_the_middle_unless_trials_are_given(sampler: str) -> None:
+    config = study(sampler)
+    assert propose(config, SPACE, {}, [], chance=0.1) == ({"amp": 0.5, "null": 0.5}, {})
+    warm = config.replace(warm=({"amp": 0.25, "null": 1.0},), warm_from="other")
+    assert propose(warm, SPACE, {}, [], chance=0.1)[0] == {"amp": 0.25, "null": 1.0}
+    second = propose(config, SPACE, {}, [trial(0, 0.5)], chance=0.1)[0]
+    assert second != {"amp": 0.5, "null": 0.5}
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
