@@ -6,10 +6,11 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from bench.config import UserError
 from bench.disk import on_disk
@@ -35,8 +36,9 @@ class BusyError(UserError):
     """Another process has the study."""
 
 
-def claim(folder: Path) -> AcquireReturnProxy:
-    """Take ``folder`` (made if need be) for this process, until the returned context is left or the process ends.
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Take ``folder`` (made if need be) for this process, until the context is left or the process ends.
 
     Raises:
         BusyError: another process has it.
@@ -45,7 +47,7 @@ def claim(folder: Path) -> AcquireReturnProxy:
     lock = FileLock(folder / "lock", blocking=False, fallback_to_soft=False, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire()
+        lock.acquire()
     except Timeout as error:
         owner = (folder / "lock").read_text() or "unknown"
         raise BusyError(
@@ -60,10 +62,9 @@ def claim(folder: Path) -> AcquireReturnProxy:
     try:
         with on_disk(folder / "lock"):
             (folder / "lock").write_text(f"{os.getpid()} on {platform.node()}")
-    except UserError:
+        yield
+    finally:
         lock.release()
-        raise
-    return held
 
 
 def mend(journal: Path, say: Callable[[str], None]) -> None:
