@@ -190,7 +190,7 @@ def _sweep(folder: RemotePath, over: Callable[[str], bool]) -> None:
 
 
 def _is_over(name: str, over: Callable[[str], bool]) -> bool:
-    named = re.fullmatch(r"(.+)\.pt(\.\d+)*(\.new|\.part)?", name)  # UID.pt, UID.pt.1, UID.pt.PID.new
+    named = re.fullmatch(r"(.+)\.pt(\.\d+)*(\.new|(\.[0-9a-f]{8})?\.part)?", name)  # UID.pt, UID.pt.1, UID.pt.PID.new
     return named is not None and over(named[1])
 
 

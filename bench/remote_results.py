@@ -1,9 +1,10 @@
 """Results and checkpoints on an object store (s3://, gs://, …), through `pyarrow.fs`.
 
 A command downloads the results into a folder of this machine and works there; a thread uploads what changed. Each
-upload first writes a mark of its own at the URI. A mark that this machine does not know is another machine's: nothing
-is merged, and nothing of theirs is overwritten. What others than bench change there is not noticed. Workers read and
-write checkpoints at the URI itself, so that they need no folder in common.
+upload writes a mark of its own at the URI, and another one when all files are there. A mark that this machine does
+not know is another machine's: nothing is merged, and nothing of theirs is overwritten. (Two machines that begin to
+upload in the same moment may mix one file each before both notice.) What others than bench change there is not
+noticed. Workers read and write checkpoints at the URI itself, so that they need no folder in common.
 
 Options of a URI follow a question mark (s3://b/lab?endpoint_override=HOST:PORT&scheme=http). Credentials come from the
 environment. pyarrow is imported when a URI is first opened.
@@ -50,12 +51,13 @@ _IMPATIENT: dict[str, dict[str, Any]] = {
     "gcs": {"retry_time_limit": timedelta(seconds=15)},
 }
 _SCHEMES = "s3://BUCKET/PATH, gs://…, abfs://…, hdfs://…, file:///PATH, or fsspec+PROTOCOL://…"
-#: By what an error says: the remedy. With any other error the store is away, and a later try may succeed.
+_FULL = r"no space|\berrno 2[78]\b|quota|read-only"
+#: By what an error says: the remedy. With any other error, and where it is full, a later try may succeed.
 _REMEDIES = {
     r"unrecognized filesystem|protocol not known|relative|missing bucket|invalid uri": f"write {_SCHEMES}",
     r"\binstall\b|no module named|libjvm|libhdfs": "install what it names, or use another store",
     r"no_?such_?bucket|bucket does not exist|bucket .*not found": "make the bucket first, or correct its name",
-    r"no space|\berrno 2[78]\b|quota|read-only": "make room there, or permit writing",
+    _FULL: "make room there, or permit writing",
     r"access[_ ]?denied|forbidden|credential|signature|access_?key|unauth|permission|\b40[13]\b": (
         "set that store's credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
         "GOOGLE_APPLICATION_CREDENTIALS), and permit them to read and write there"
@@ -121,13 +123,20 @@ class RemotePath:
     def write(self, data: Any) -> None:
         """Write bytes, or what has a buffer, whole or not at all."""
         with self._opened() as (filesystem, path):
-            whole = filesystem.type_name in ("s3", "gcs")  # there a file appears when it is complete
-            if not whole:
-                filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            with filesystem.open_output_stream(path if whole else f"{path}.part", compression=None) as file:
-                file.write(data)
-            if not whole:
-                filesystem.move(f"{path}.part", path)
+            if filesystem.type_name in ("s3", "gcs"):  # there a file appears when it is complete
+                with filesystem.open_output_stream(path, compression=None) as file:
+                    file.write(data)
+                return
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            part = f"{path}.{secrets.token_hex(4)}.part"  # of this writer alone
+            try:
+                with filesystem.open_output_stream(part, compression=None) as file:
+                    file.write(data)
+                filesystem.move(part, path)
+            except BaseException:
+                with suppress(Exception):  # there is an error already
+                    filesystem.delete_file(part)
+                raise
 
     def delete(self) -> None:
         """Delete the file, and FILE.1, FILE.2, …; nothing if there is none."""
@@ -151,10 +160,12 @@ class RemotePath:
         except UserError:
             raise
         except Exception as error:  # each of the filesystems behind pyarrow has errors of its own
-            said = one_line(str(error))[:200].rstrip(".") or type(error).__name__
+            whole = one_line(str(error)) or type(error).__name__
+            said = whole[:200].rstrip(".")
             for pattern, remedy in _REMEDIES.items():
-                if re.search(pattern, f"{type(error).__name__} {said}", re.IGNORECASE):
-                    raise UserError(f"{self.uri}: {said}: {remedy}.") from error
+                if re.search(pattern, f"{type(error).__name__} {whole}", re.IGNORECASE):
+                    kind = RemoteAwayError if pattern == _FULL else UserError
+                    raise kind(f"{self.uri}: {said}: {remedy}.") from error
             message = f"{self.uri}: {said}: check its address and the network, and try again."
             raise RemoteAwayError(message) from error
 
@@ -302,7 +313,20 @@ class RemoteResults:
         self._save([], None)
         there = {name: version for name, version in self.remote.files().items() if _belongs(name)}
         self._fetch({name: version for name, version in there.items() if _signature(self._path(name)) != version})
+        self._drop_rows_without_trial()
         self._save([mark], {name: found for name in there if (found := _signature(self._path(name)))})
+
+    def _drop_rows_without_trial(self) -> None:
+        """Drop the rows of trials that the journal does not know: an upload that broke off had sent the rows first."""
+        for journal in self.folder.glob("*/journal.log"):
+            path, known = journal.with_name("rows.jsonl"), journal.read_bytes()
+            rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = [row for row in rows if (uid := _trial_of(row)) is None or json.dumps(uid).encode() in known]
+            if len(kept) < len(rows):
+                self.say(
+                    f"{journal.parent.name}: {len(rows) - len(kept)} trials were uploaded in part, and are run again."
+                )
+                write_atomic(path, b"".join(kept))
 
     def _fetch(self, versions: dict[str, list[int]]) -> None:
         """Download these files, and give them their times."""
@@ -324,15 +348,20 @@ class RemoteResults:
         changed = {name: (signature, self._path(name).read_bytes()) for name, signature in self._changed()}
         if not changed:
             return
-        before, own = self._check_mark(), f"{platform.node()} {datetime.now(UTC):%F %T} UTC {secrets.token_hex(8)}"
+        before, own = self._check_mark(), _new_mark()
         files = dict(self._files or {})
         self._save([before, own], files)
         (self.remote / _MARK).write(own.encode())
         for name, (signature, data) in reversed(changed.items()):
+            if (mark := self._mark()) != own:
+                raise self._refusal(mark)
             (self.remote / name).write(data)
             files[name] = signature
         self._check_mark()
-        self._save([own], files)
+        done = _new_mark()  # who downloaded meanwhile has not all files, and sees by this that there is something newer
+        self._save([own, done], files)
+        (self.remote / _MARK).write(done.encode())
+        self._save([done], files)
 
     @contextmanager
     def uploading(self) -> Iterator[None]:
@@ -416,6 +445,19 @@ class RemoteResults:
     def _save(self, marks: list[str], files: dict[str, list[int]] | None) -> None:
         self._marks, self._files = marks, files
         write_atomic(self.folder / _STATE, json.dumps([marks, files]))
+
+
+def _new_mark() -> str:
+    return f"{platform.node()} {datetime.now(UTC):%F %T} UTC {secrets.token_hex(8)}"
+
+
+def _trial_of(line: bytes) -> str | None:
+    """The uid of a search's trial, if this line is one's row; whoever reads the rows refuses a damaged one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row.get("uid") if isinstance(row, dict) and row.get("kind") == "search" else None
 
 
 def _raise(line: str) -> None:

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.config import UserError, digest
+from bench.config import UserError
 
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
@@ -42,18 +42,6 @@ def shown(uri: str) -> str:
         return uri
     without = re.sub(r"//[^?\s]*@", "//***@", uri)
     return re.sub(r"(?i)\b(password|passwd|pwd)=[^&]*", r"\1=***", without)
-
-
-def key(uri: str, results: Path) -> str:
-    """What names the store in file names: its address without the password; of a file in ``results``, its place there.
-
-    So a new password, or a results folder that was moved, is the same store.
-    """
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///")).resolve()
-        inside = path.is_relative_to(results.resolve())
-        return digest(path.relative_to(results.resolve()).as_posix() if inside else str(path))
-    return digest(shown(uri).rstrip("/"))
 
 
 def check_uri(uri: str) -> None:

@@ -187,7 +187,15 @@ def test_what_changes_is_uploaded_while_work_goes_on_and_downloaded_elsewhere(
     uri: str, on: On, said: list[str]
 ) -> None:
     with working_folder(uri, writes=True, say=said.append) as results:
-        for local in ("s/lock", "s/ray.log", "s/x.yaml.tmp", "s/checkpoints/x.pt", "mlartifacts/x", "mlflow.db", ".x/y"):
+        for local in (
+            "s/lock",
+            "s/ray.log",
+            "s/x.yaml.tmp",
+            "s/checkpoints/x.pt",
+            "mlartifacts/x",
+            "mlflow.db",
+            ".x/y",
+        ):
             append(results.folder, local, "stays here")
         append(results.folder, "s/rows.jsonl", ROW)
         until(lambda: there(uri) == ROW)
@@ -289,7 +297,38 @@ def test_a_start_that_cannot_write_there_is_refused(uri: str, said: list[str], a
     assert said == []
 
 
+def test_rows_that_a_broken_upload_sent_without_their_journal_are_dropped_elsewhere(uri: str, on: On) -> None:
+    known, lost = (f'{{"uid": "s-000{n}", "kind": "search"}}\n' for n in (0, 1))
+    with working_folder(uri, writes=True) as results:
+        append(results.folder, "s/rows.jsonl", known + lost)
+        append(results.folder, "s/journal.log", '{"uid": "s-0000"}\n')
+    on("b")
+    assert read(uri) == known
+    work(uri, lost)  # run again there
+    assert there(uri) == known + lost
+
+
 # --- two at once -----------------------------------------------------------------------------------------
+
+
+def test_a_copy_made_during_an_upload_is_not_taken_for_the_whole(
+    uri: str, on: On, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RemotePath.write
+
+    def write(path: RemotePath, data: Any) -> None:
+        if path.uri.endswith("rows.jsonl"):  # the mark is there, and these are not yet
+            monkeypatch.setattr(RemotePath, "write", real)
+            on("b")
+            with working_folder(uri, writes=False) as results:
+                assert not (results.folder / "s/rows.jsonl").exists()
+            on("a")
+        real(path, data)
+
+    monkeypatch.setattr(RemotePath, "write", write)
+    work(uri, ROW)
+    on("b")
+    assert read(uri) == ROW
 
 
 def test_what_another_machine_wrote_meanwhile_is_not_overwritten(uri: str, on: On, said: list[str]) -> None:
