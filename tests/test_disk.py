@@ -275,7 +275,7 @@ def test_a_trial_whose_disk_is_full_is_not_failed_and_ends_the_run(disk: SmallDi
     director.suggest("1")
     disk.fill()
     options = {"checkpoint": str(disk.path / "a.pt"), "device": "cpu"}
-    running = Running(json.dumps({"trial": "bench.trial:run_trial", "config": config.to_dict(), "options": options}))
+    running = Running({"trial": "bench.trial:run_trial", "config": config.to_dict(), "options": options})
     director.returned("1", running.next_message())
     assert isinstance(director.fault, DiskError)
     assert "a.pt: no space left on device" in str(director.fault)

@@ -34,7 +34,7 @@ def failed_elsewhere(*_: Any) -> None:
 
 def running(trial: str) -> Running:
     config = TrialConfig(rule="backprop").to_dict()
-    return Running(json.dumps({"trial": f"test_distributed:{trial}", "config": config, "options": {}}))
+    return Running({"trial": f"test_distributed:{trial}", "config": config, "options": {}})
 
 
 def test_a_worker_that_lost_another_is_lost_itself() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ def message(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     monkeypatch.syspath_prepend(str(HERE))
 
     def made(**options: Any) -> dict[str, Any]:
-        running = Running(json.dumps({"trial": "fake_trials:act", "config": config().to_dict(), "options": options}))
+        running = Running({"trial": "fake_trials:act", "config": config().to_dict(), "options": options})
         return running.next_message()
 
     return made
