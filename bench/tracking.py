@@ -265,7 +265,7 @@ def sharing(folder: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as held:
         with on_disk(folder / "lock"):
             folder.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((folder / "lock").open("w"))
+            file = held.enter_context((folder / "lock").open("a+"))  # NFS locks for reading what is open for it
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
