@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +219,7 @@ def test_a_second_command_is_refused_and_after_a_kill_goes_on_and_mlflow_agrees(
     book = tmp_path / "results" / name
     with Command(tmp_path, postgres.url) as first:
         wait_until(lambda: len(rows(book / "rows.jsonl")) >= 2, first.process)
+        first.process.send_signal(signal.SIGSTOP)  # it holds the study, and cannot end before it is killed
         with Command(tmp_path, postgres.url) as refused:
             _, said = refused.process.communicate(timeout=120)
             assert refused.process.returncode == 2
