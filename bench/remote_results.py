@@ -108,6 +108,7 @@ class RemotePath:
             return {info.path[len(path) + 1 :]: [info.size, info.mtime_ns or 0] for info in files}
 
     def exists(self) -> bool:
+        """Tell whether there is such a file."""
         from pyarrow import fs
 
         with self._opened() as (filesystem, path):
@@ -150,6 +151,7 @@ class RemotePath:
                         filesystem.delete_file(info.path)
 
     def check_writable(self) -> None:
+        """Write a file in this folder and delete it; UserError if that fails."""
         (self / ".bench-probe").write(b"")
         (self / ".bench-probe").delete()
 
@@ -409,7 +411,7 @@ class RemoteResults:
 
     @contextmanager
     def heard_by(self, say: Say) -> Iterator[None]:
-        """Say what is to be said through ``say`` within, which has the terminal meanwhile."""
+        """Report through ``say`` inside this context: a live display owns the terminal there."""
         before, self.say = self.say, say
         try:
             yield
