@@ -60,7 +60,7 @@ postgresql:
 PUBLISHED := results/published
 dashboards: $(INSTALLED)
 	$(BIN)/bench report --out dashboards/published $(filter-out $(PUBLISHED)/controls.jsonl,$(wildcard $(PUBLISHED)/*.jsonl)) \
-	$(wildcard $(PUBLISHED)/*/robustness-*) $(wildcard $(PUBLISHED)/*/transfer-*) $(wildcard $(PUBLISHED)/*/matrix-*) $(wildcard $(PUBLISHED)/fractions/*)
+	$(wildcard $(PUBLISHED)/*/robustness-*) $(wildcard $(PUBLISHED)/*/transfer-*) $(wildcard $(PUBLISHED)/*/matrix-*)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import bench
 from bench.config import UserError, one_line, unknown
 from bench.disk import find_disk_error
-from bench.verbs import cluster, compare, matrix, report, robustness, search, speed, sync, train, transfer
+from bench.verbs import cluster, compare, confirm, matrix, report, robustness, search, speed, sync, train, transfer
 from bench.verbs.common import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, add_json, add_kept, add_results, at_hand, verb
 from bench.worker import is_of_memory
 
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         robustness.add,
         report.add,
         compare.add,
+        confirm.add,
         sync.add,
         train.add_train,
         train.add_evaluate,

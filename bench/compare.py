@@ -78,7 +78,7 @@ def compare(studies: Sequence[SearchRows]) -> dict[str, Any]:
         "first": sides[0].label,
         "studies": lines,
         "controls": beside,
-        "notes": [_trials(sides), *_missing(lines, beside), *_said_of_each(sides), *_unequal(sides), *doubts],
+        "notes": [*_trials(sides), *_missing(lines, beside), *_said_of_each(sides), *_unequal(sides), *doubts],
     }
 
 
@@ -102,7 +102,13 @@ def _without_seed(row: Mapping[str, Any]) -> dict[str, Any]:
 def _study_line(side: _Side, first: _Side) -> dict[str, Any]:
     against, why_not = (None, None) if side is first else _against(first, side.runs)
     reasons = [] if side.runs else [_why_nothing(side)]
-    if side.runs and side.best and side.best["rule"] != REFERENCE and side.best[VERSUS_REFERENCE] is None:
+    if (
+        side.runs
+        and side.rows.searched
+        and side.best
+        and side.best["rule"] != REFERENCE
+        and side.best[VERSUS_REFERENCE] is None
+    ):
         reasons.append(f"no run of {REFERENCE} under its recipe has a seed in common with it")
     config = config_of(side.rows)
     return {
@@ -112,7 +118,7 @@ def _study_line(side: _Side, first: _Side) -> dict[str, Any]:
         "rule": side.best["rule"] if side.best else config.rule,
         "arch": config.arch,
         "dataset": config.dataset,
-        "trials": len(side.rows.searched),
+        "trials": len(side.rows.searched) or None,
         "epochs": config.epochs,
         **_numbers(side.best, side.runs),
         VERSUS_FIRST: against,
@@ -227,13 +233,15 @@ def _missing(studies: Iterable[Mapping[str, Any]], controls: Iterable[Mapping[st
     return [*said.values(), *more]
 
 
-def _trials(sides: Sequence[_Side]) -> str:
-    """What became of all trials."""
+def _trials(sides: Sequence[_Side]) -> list[str]:
+    """What became of all trials; nothing of configurations that were not searched."""
     counts = {
         side.label: ", ".join(f"{n} {name}" for name, n in side.summary["trials"].items() if n) or "none"
         for side in sides
+        if side.rows.searched or side.rows.config
     }
-    return "trials: " + "; ".join(f"{said} ({label})" for label, said in counts.items())
+    said = "; ".join(f"{words} ({label})" for label, words in counts.items())
+    return [f"trials: {said}"] if said else []
 
 
 def _said_of_each(sides: Iterable[_Side]) -> list[str]:

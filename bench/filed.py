@@ -28,7 +28,7 @@ _HEADLINES: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "robustness": headlines.robustness,
     "transfer": headlines.transfer,
     "matrix": headlines.matrix,
-    "fractions": headlines.fractions,
+    "confirmation": headlines.confirmation,
 }
 
 #: The settings of a study that are tags of its run, as ``bench.<name>``, and how they are found.
@@ -36,14 +36,14 @@ _TAGS: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "search": lambda config: {name: config[name] for name in ("rule", "arch", "seed")},
     "robustness": lambda config: {"arch": _first(config)["arch"], "rules": ",".join(config["rules"])},
     "transfer": lambda config: {"rules": ",".join(config["rules"]), "source": config["source"]},
-    "fractions": lambda config: {"rules": ",".join(config["rules"])},
+    "confirmation": lambda config: {"configurations": ",".join(config["configs"])},
     "matrix": lambda config: {"archs": ",".join(config["archs"]), "primitives": ",".join(config["primitives"])},
 }
 
 
 def _first(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a measurement's first rule."""
-    found: Mapping[str, Any] = next(iter(config["rules"].values()))
+    """The settings of the first rule of a measurement, or configuration of a confirmation."""
+    found: Mapping[str, Any] = next(iter(config["rules" if "rules" in config else "configs"].values()))
     return found
 
 
@@ -75,7 +75,7 @@ def read_filed(found: Found) -> Filed:
     if not (isinstance(config, dict) and isinstance(identity, str)):
         raise UserError(f"{path} is damaged: it has no config, or no id. Restore it.")
     try:
-        dataset = (_first(config) if found.kind in ("robustness", "fractions") else config)["dataset"]
+        dataset = (_first(config) if found.kind in ("robustness", "confirmation") else config)["dataset"]
         common = {
             "name": str(config["name"]),  # also where its folder was renamed
             "identity": identity,

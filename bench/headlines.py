@@ -60,10 +60,8 @@ def matrix(summary: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def fractions(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The smallest share that is enough, by rule, where one is known; none before all are trained."""
-    if not summary["complete"]:
-        return {}
-    return {
-        f"enough/{rule}": found["enough"] for rule, found in summary["rules"].items() if found["enough"] is not None
-    }
+def confirmation(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Test accuracy of each configuration, and its difference to the first; none before all are trained."""
+    lines = summary["studies"] if summary["complete"] else ()
+    found = {f"{line['study']}/test_acc": line["test_acc"]["mean"] for line in lines}
+    return found | {f"{line['study']}/versus_first": line["test_acc_versus_first"]["mean"] for line in lines[1:]}

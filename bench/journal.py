@@ -21,7 +21,7 @@ BOOKS = {
     "robustness.yaml": "a measurement of robustness",
     "transfer.yaml": "a transfer",
     "matrix.yaml": "a matrix",
-    "fractions.yaml": "a measurement of shares of the batch",
+    "confirmation.yaml": "a confirmation",
 }
 
 

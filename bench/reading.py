@@ -18,7 +18,7 @@ from bench.space import UPDATE_FIELDS
 from bench.spaces import SETTINGS
 from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, lr_is_searched, summarize
 
-StudyKind = Literal["search", "robustness", "transfer", "matrix", "fractions"]
+StudyKind = Literal["search", "robustness", "transfer", "matrix", "confirmation"]
 
 #: The kind of a study, by its book.
 KINDS: dict[str, StudyKind] = {
@@ -26,7 +26,7 @@ KINDS: dict[str, StudyKind] = {
     "robustness.yaml": "robustness",
     "transfer.yaml": "transfer",
     "matrix.yaml": "matrix",
-    "fractions.yaml": "fractions",
+    "confirmation.yaml": "confirmation",
 }
 #: The kind of a study of which only rows are there, by the kind of its rows.
 _KINDS_OF_ROWS: dict[str, StudyKind] = {
@@ -34,7 +34,6 @@ _KINDS_OF_ROWS: dict[str, StudyKind] = {
     "confirm": "search",
     "robustness": "robustness",
     "transfer": "transfer",
-    "speed": "fractions",
 }
 #: The defaults of a run: what an older row, which lacks a newer field, was trained with.
 USUAL = TrialConfig(rule=REFERENCE).to_dict()

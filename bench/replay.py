@@ -6,12 +6,11 @@ numbers are those that the command printed when it had these rows.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import fractions, matrix, transfer
+from bench import matrix, transfer
 from bench.campaign import Ready
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.datasets import DATASETS
@@ -80,17 +79,6 @@ def robustness_again(folder: Path) -> dict[str, Any]:
     rows = last_attempts(_file(folder).read())
     place = _place(rows, Options(results=folder.parent), folder)
     return summary_of(config, rows, place, complete=is_whole(config, rows))
-
-
-def fractions_again(folder: Path) -> dict[str, Any]:
-    """`bench.fractions`'s summary of all that was trained under this name."""
-    config = fractions.FractionsConfig.from_dict(_book(folder, fractions.BOOK))
-    for values in config.rules.values():
-        TrialConfig.from_dict(values)
-    rows = _file(folder)
-    place = _place(last_attempts(rows.read()), Options(results=folder.parent), folder)
-    place = dataclasses.replace(place, key=str(read_yaml(folder / fractions.BOOK).get("runs_on", place.key)))
-    return fractions.Fractions(config, place, Silent(), rows).summary()
 
 
 # --- what lies there

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from bench import headlines
 from bench.cells import difference, spread_of
 from bench.config import UserError
-from bench.pages.fractions import fractions_page
 from bench.pages.index import Entry, index_page
 from bench.pages.matrix import matrix_page
 from bench.pages.parts import Page
@@ -103,13 +101,16 @@ def _page(found: Found) -> tuple[Page, Entry]:
         summary = search_summary(rows)
         page = search_page(summary, rows.searched, rows.confirmed, rows.controls)
         return page, _search_entry(found, summary)
-    from bench import replay  # it needs torch, which takes seconds to import; a search needs none
+    from bench import confirmation, replay  # it needs torch, which takes seconds to import; a search needs none
 
     kinds: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any]], Page]]] = {
         "robustness": (replay.robustness_again, robustness_page),
         "transfer": (replay.transfer_again, transfer_page),
         "matrix": (replay.matrix_again, matrix_page),
-        "fractions": (replay.fractions_again, fractions_page),
+        "confirmation": (
+            lambda folder: confirmation.summarize(*confirmation.read(folder)),
+            confirmation.confirmation_page,
+        ),
     }
     if found.folder.is_file():
         raise UserError(f"{found.folder}: rows of a {found.kind} alone make no page; give the folder with its book.")
@@ -156,7 +157,12 @@ def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
 
 
 def _plan_entry(found: Found, summary: dict[str, Any]) -> Entry:
-    of = {"robustness": _of_robustness, "transfer": _of_transfer, "matrix": _of_matrix, "fractions": _of_fractions}
+    of = {
+        "robustness": _of_robustness,
+        "transfer": _of_transfer,
+        "matrix": _of_matrix,
+        "confirmation": _of_confirmation,
+    }
     what = of[found.kind](summary)
     return Entry(
         name=found.name,
@@ -181,15 +187,15 @@ def _of_robustness(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_fractions(summary: dict[str, Any]) -> dict[str, str]:
-    rules = summary["rules"]
-    enough = headlines.fractions(summary)
-    known = [f"{name.partition('/')[2]} {share:g}" for name, share in enough.items()]
+def _of_confirmation(summary: dict[str, Any]) -> dict[str, str]:
+    lines = summary["studies"]
+    epochs = sorted({line["epochs"] for line in lines})
+    accuracies = [f"{line['study']} {spread_of(line['test_acc'])} %" for line in lines]
     return {
-        "what": f"{', '.join(rules)} on {summary['arch']}, {summary['dataset']}",
-        "budget": f"{len(summary['seeds'])} seeds × {summary['epochs']} epochs",
+        "what": f"{len(lines)} configurations on {summary['dataset']}",
+        "budget": f"{len(summary['seeds'])} seeds × {' or '.join(map(str, epochs)) or '?'} epochs",
         "runs": _counts(summary["runs"]),
-        "headline": f"enough: {', '.join(known)}" if known else "nothing is known yet",
+        "headline": f"test {'; '.join(accuracies)}" if accuracies else "nothing is known yet",
     }
 
 

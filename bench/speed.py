@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +12,11 @@ from typing import Any
 
 import torch
 
-import bench
-from bench.config import Strict, TrialConfig, TrialResult, UserError, digest
+from bench.config import Strict, TrialConfig, TrialResult, digest
 from bench.learning.rules import parse_rule
 from bench.provenance import provenance
 from bench.stages import listening
-from bench.steps import Conditions, Step, Way, measure, ours
+from bench.steps import Conditions, Step, measure, ours
 from bench.stores import check_uri, embedded
 from bench.tracking import Tracker
 from bench.training import pick_device
@@ -27,14 +24,13 @@ from bench.trial import run_trial
 
 #: The study in MLflow under which measurements of speed stand.
 STUDY = "speed"
-#: How bench does a step, and how its tests do it, slow and plain.
-OURS, STRAIGHTFORWARD = "bench", "straightforward"
+#: How bench does a step; `tests/benchmarks` has other ways.
+OURS = "bench"
 
 
 def timed(
     conditions: Conditions,
     *,
-    straightforward: bool,
     device: str,
     threads: int | None,
     results: Path,
@@ -44,10 +40,9 @@ def timed(
     """The steps under these conditions, and where they were measured; recorded."""
     if threads:
         torch.set_num_threads(threads)
-    ways: dict[str, Way] = {OURS: ours, **({STRAIGHTFORWARD: _the_obvious()} if straightforward else {})}
     if tracking_uri:  # before minutes are spent on what could not be recorded
         check_uri(tracking_uri)
-    found = measure(conditions, ways, device=device, say=say)
+    found = measure(conditions, {OURS: ours}, device=device, say=say)
     where = _here(device)
     runs = {
         f"{STUDY}-{conditions.arch}-{step.rule}-{step.way}": (
@@ -103,18 +98,6 @@ def of_trial(
 
 def _here(device: str) -> dict[str, Any]:
     return {**provenance(str(pick_device(device))), "threads": torch.get_num_threads()}
-
-
-def _the_obvious(tests: Path = Path(bench.__file__).parents[1] / "tests") -> Way:
-    """The tests' own slow way; UserError where there are no tests."""
-    spec = importlib.util.spec_from_file_location("obvious", tests / "obvious.py")
-    if spec is None or spec.loader is None or not (tests / "obvious.py").exists():
-        raise UserError("--straightforward is in the tests, which are not installed: run it in a checkout of bench.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["obvious"] = module
-    spec.loader.exec_module(module)
-    way: Way = module.contestant
-    return way
 
 
 def _record(

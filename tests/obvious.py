@@ -1,7 +1,7 @@
 """The straightforward way to train with feedback weights: autograd on the energies, added to the loss.
 
 Slow and plain on purpose: what `bench.learning` computes by hand is compared with it, in numbers (test_obvious.py) and
-in time (`bench speed --straightforward`).
+in time (tests/benchmarks/step_autograd.py).
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ KINDS = {
     "transfer": (["transfer-resnet18-to-resnet50-digits"], PUBLISHED / "transfer-resnet18-resnet50-digits", 3),
     "matrix": (["matrix-resnet18-digits-normalized-centered"], PUBLISHED / "matrix-resnet18-digits", 4),
     "robustness": (["robustness-resnet18-digits"], PUBLISHED / "robustness-resnet18-digits", 2),
-    "fractions": (["fractions-mirror-lenet-fashion-mnist"], PUBLISHED / "fractions", 1),
 }
 
 

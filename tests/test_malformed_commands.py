@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from bench.config import TrialResult
 from bench.files import write_yaml
-from bench.growth import Growth
 from bench.steps import Step
 from malformed import ODD_TEXTS, examples, files, run, said_in_one_line
 from rehearsal import Silent
@@ -34,7 +33,9 @@ BASE = {
     "doctor": [],
     "sync": [],
     "cluster": [],
-    "speed": [],
+    "confirm": ["a=known/best.yaml", "b=known/other.yaml"],
+    "speed steps": [],
+    "speed trial": [],
 }
 _RUNS = {
     "--name": "mine",
@@ -59,6 +60,14 @@ _BUDGET = {
     "--scheduler": "none",
     "--space": "normalized",
     "--dataset": "digits",
+}
+_SPEED: dict[str, str | None] = {
+    **{name: _RUNS[name] for name in ("--device", "--results", "--json", "--tracking-uri")},
+    "--rule": "mirror",
+    "--arch": "resnet20",
+    "--fraction": "0.5",
+    "--samples": "16",
+    "--threads": "1",
 }
 OPTIONS: dict[str, dict[str, str | None]] = {
     "search": {
@@ -140,31 +149,17 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "doctor": {"--results": "results", "--json": None},
     "sync": {"--results": "results", "--tracking-uri": "sqlite:///runs.db", "--json": None},
     "cluster": {"--host": "10.0.0.1", "--port": "6379", "--results": "results", "--json": None},
-    "speed": {
-        **_RUNS,
-        "--rule": "mirror",
-        "--arch": "resnet20",
+    "confirm": {**{name: _RUNS[name] for name in _RUNS if name != "--set"}, "--seeds": "2"},
+    "speed steps": {
+        **_SPEED,
         "--batch-size": "9",
         "--image-size": "8",
         "--classes": "3",
         "--precision": "bf16",
-        "--fraction": "0.5",
-        "--samples": "16",
         "--rounds": "5",
-        "--threads": "1",
-        "--straightforward": None,
-        "--trial": None,
-        "--dataset": "digits",
-        "--epochs": "1",
-        "--search": "60",
-        "--fractions": "0.5",
-        "--seeds": "2",
-        "--config": "known/best.yaml",
-        "--trials": "100,200",
-        "--sampler": "tpe",
     },
+    "speed trial": {**_SPEED, "--dataset": "digits", "--epochs": "1", "--data-dir": "."},
 }
-NUMBERS: dict[str, Any] = dict.fromkeys(Growth.field_names(), 1.0)
 SECONDS: dict[str, Any] = {**dict.fromkeys(Step.field_names(), 1.0), "rounds": 4}
 #: What no shell can pass on: a lone surrogate that is no byte.
 WORDS = tuple(text.replace("\ud800", "\udcff") for text in ODD_TEXTS)
@@ -187,7 +182,7 @@ SETTINGS = ("lr", "seed", "rule", "step_epochs", "precision", "coefficients.deca
 def command_lines(draw: Any) -> list[str]:
     """A verb with options, of which some have an odd value, or none, or stand where they do not belong."""
     name = draw(st.sampled_from(sorted(BASE)))
-    line = [name, *BASE[name]]
+    line = [*name.split(), *BASE[name]]
     odd = st.sampled_from(WORDS) | st.sampled_from(PLACES) | st.text(st.characters(codec="utf-8"), max_size=6)
     odd = odd.filter(lambda word: "\0" not in word)
     own = sorted(OPTIONS[name])
@@ -220,6 +215,7 @@ def folder_of_odd_things() -> Iterator[Path]:
             place.mkdir(parents=True)
             (place / "rows.jsonl").write_text("")
             write_yaml(place / "best.yaml", {"rule": "decay", "arch": "lenet", "coefficients": {"decay": 0.1}})
+            write_yaml(place / "other.yaml", {"rule": "sign", "arch": "lenet"})
             (place / "study.yaml").write_text("config: {name: known, rule: decay, arch: lenet, dataset: digits}\n")
         yield here
 
@@ -238,12 +234,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("bench.engine.run", lambda *_, **__: "done")
     monkeypatch.setattr("bench.ui.serve", lambda *_, **__: None)
-    monkeypatch.setattr(
-        "bench.growth.measure", lambda *_, **__: Growth(**{**NUMBERS, "trials": 1, "left": 0, "sampler": "tpe"})
-    )
     monkeypatch.setattr("bench.speed.measure", lambda *_, **__: [Step(**{**SECONDS, "rule": "sign", "way": "bench"})])
     monkeypatch.setattr("bench.speed.run_trial", lambda config, *_, **__: TrialResult(config=config, status="finished"))
-    monkeypatch.setattr("bench.rivalry.compared", lambda *_, **__: [])
     monkeypatch.setattr("bench.mlflow_store.Store.deliver", lambda *_: None)
     monkeypatch.setattr("bench.mlflow_store.Store.look", lambda *_: None)
     monkeypatch.setattr("bench.train.run_trial", lambda config, *_, **__: TrialResult(config=config, status="finished"))
@@ -265,11 +257,11 @@ def test_odd_words_are_refused_in_one_line_and_leave_nothing(line: list[str]) ->
 
 @pytest.mark.parametrize("verb", sorted(BASE))
 def test_every_option_of_every_verb_takes_part(verb: str) -> None:
-    status, out, _ = run([verb, "--help"])
+    status, out, _ = run([*verb.split(), "--help"])
     assert status == 0
     assert {*re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE)} == set(OPTIONS[verb])
 
 
 def test_every_verb_takes_part() -> None:
     _, out, _ = run(["--help"])
-    assert {*re.findall(r"^    ([a-z]+)(?:  |$)", out, re.MULTILINE)} == set(BASE)
+    assert {*re.findall(r"^    ([a-z]+)(?:  |$)", out, re.MULTILINE)} == {name.split()[0] for name in BASE}

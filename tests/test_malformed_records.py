@@ -184,7 +184,6 @@ STUDIES = {
     "transfer": (PUBLISHED / "transfer-resnet18-resnet50-digits", "transfer-resnet18-to-resnet50-digits"),
     "matrix": (PUBLISHED / "matrix-resnet18-digits", "matrix-resnet18-digits-normalized-centered"),
     "robustness": (PUBLISHED / "robustness-resnet18-digits", "robustness-resnet18-digits"),
-    "fractions": (PUBLISHED / "fractions", "fractions-mirror-lenet-fashion-mnist"),
 }
 #: Beside the study itself, and what its book is narrowed to.
 SEARCHES = {
@@ -192,7 +191,6 @@ SEARCHES = {
     "transfer": ("symmetric-resnet18-digits", "symmetric-resnet50-digits"),
     "matrix": ("decay-resnet18-digits", "self-resnet18-digits", "symmetric-resnet18-digits"),
     "robustness": (),
-    "fractions": (),
 }
 NARROWED = {"transfer": {"rules": ["symmetric"]}, "matrix": {"primitives": ["decay", "self"], "any": False}}
 

@@ -1,4 +1,4 @@
-"""`bench speed` of steps: who takes turns, what is held, what is counted, and that MLflow has what is printed."""
+"""`bench speed steps`: who takes turns, what is held, what is counted, and that MLflow has what is printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.cli import main
 from bench.config import UserError
 from bench.learning.layers import asymmetric_layers
 from bench.learning.rules import parse_rule
-from bench.speed import OURS, STRAIGHTFORWARD
+from bench.speed import OURS
 from bench.steps import Conditions, Step, kept_by, measure, noise, ours, race
 from bench.training import prepare
 from mlflow_book import Book
@@ -21,6 +21,7 @@ from obvious import contestant
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 CPU = torch.device("cpu")
+STRAIGHTFORWARD = "straightforward"
 SMALL = {"arch": "lenet", "batch_size": 16, "rounds": 4}
 MIRROR = Conditions.from_dict({**SMALL, "rules": ["mirror"]})
 
@@ -117,7 +118,7 @@ def test_the_floor_is_of_the_examples_that_are_seen() -> None:
         (["--precision", "fp8"], "precision"),
         (["--device", "tpu"], "tpu"),
         (["--threads", "0"], "threads = 0"),
-        (["--straightforward", "--fraction", "0.5"], "--straightforward sees the whole batch"),
+        (["--samples", "8", "--fraction", "0.5"], "--samples and --fraction"),
         (["--tracking-uri", "nowhere"], "unknown scheme"),
         (["--arch", "resnet18", "--image-size", "1", "--batch-size", "1"], "cannot be trained on 1 images of 1 pixels"),
         (["--image-size", "100000", "--batch-size", "100000"], "cannot be trained on 100000 images"),
@@ -126,7 +127,7 @@ def test_the_floor_is_of_the_examples_that_are_seen() -> None:
 def test_what_cannot_be_timed_is_refused_in_a_line(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["speed", *words, "--results", str(tmp_path / "r")]) == 2
+    assert main(["speed", "steps", *words, "--results", str(tmp_path / "r")]) == 2
     err = capsys.readouterr().err
     assert said in err.splitlines()[-1]
     assert not (tmp_path / "r").exists()
@@ -140,14 +141,10 @@ def test_conditions_are_strict() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_what_is_printed_is_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--arch", "lenet", "--rule", "mirror", "--batch-size", "8", "--rounds", "4", "--straightforward"]
-    assert main(["speed", *words, "--results", str(tmp_path), "--json"]) == 0
+    words = ["--arch", "lenet", "--rule", "mirror", "--batch-size", "8", "--rounds", "4"]
+    assert main(["speed", "steps", *words, "--results", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [(s["rule"], s["way"]) for s in found["steps"]] == [
-        ("backprop", OURS),
-        ("mirror", OURS),
-        ("mirror", STRAIGHTFORWARD),
-    ]
+    assert [(s["rule"], s["way"]) for s in found["steps"]] == [("backprop", OURS), ("mirror", OURS)]
     assert found["conditions"]["batch_size"] == 8
     assert found["provenance"]["threads"] == torch.get_num_threads()
     book = Book(tmp_path)

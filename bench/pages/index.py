@@ -12,13 +12,13 @@ from bench.looks import look
 from bench.pages.matrix_points import NEUTRAL, cut, percent, said, seeds
 from bench.pages.parts import Absent, Cell, Figure, Link, Page, Part, Section, Table, plot, whiskers
 
-KINDS = ("search", "robustness", "transfer", "matrix", "fractions")
+KINDS = ("search", "robustness", "transfer", "matrix", "confirmation")
 PLURALS = {
     "search": "Searches",
     "robustness": "Robustness",
     "transfer": "Transfers",
     "matrix": "Matrices",
-    "fractions": "Shares of the batch",
+    "confirmation": "Confirmations",
 }
 
 COLUMNS = ("study", "what", "result", "complete", "budget", "runs", "file changed")
@@ -45,7 +45,7 @@ class Entry:
     """
 
     name: str
-    kind: Literal["search", "robustness", "transfer", "matrix", "fractions"]
+    kind: Literal["search", "robustness", "transfer", "matrix", "confirmation"]
     href: str | None
     what: str
     budget: str

@@ -6,18 +6,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.config import one_line
 from bench.verbs.common import add_kept, verb
+
+if TYPE_CHECKING:
+    from bench.reading import Found, SearchRows
 
 #: More characters than any table is wide.
 WIDEST = 10_000
 
 
 def add(verbs: Any) -> None:
-    p = verb(verbs, "compare", _compare, "set what searches found side by side, with their controls")
-    what = "the name of a search, the path of its folder, or a file of rows (.jsonl); differences are to the first"
+    p = verb(verbs, "compare", _compare, "set what searches and confirmations found side by side")
+    what = (
+        "the name or the folder of a search or a confirmation, or a file of rows (.jsonl); differences are to the first"
+    )
     p.add_argument("study", nargs="+", metavar="STUDY", help=what)
     add_kept(p, writes=False)
     how = p.add_mutually_exclusive_group()
@@ -29,9 +34,9 @@ def add(verbs: Any) -> None:
 def _compare(given: argparse.Namespace) -> int:
     from bench.compare import compare
     from bench.compare_words import csv_text, latex
-    from bench.reading import pick, read_search
+    from bench.reading import pick
 
-    found = compare([read_search(study) for study in pick(given.results, given.study)])
+    found = compare([side for study in pick(given.results, given.study) for side in _sides(study)])
     if given.json:
         print(json.dumps(found))
     elif given.csv:
@@ -39,11 +44,23 @@ def _compare(given: argparse.Namespace) -> int:
     elif given.latex:
         sys.stdout.write(latex(found))
     else:
-        _print(found)
+        print_comparison(found)
     return 0
 
 
-def _print(found: dict[str, Any]) -> None:
+def _sides(study: Found) -> list[SearchRows]:
+    """A search; or the configurations of a confirmation."""
+    from bench.reading import read_search
+
+    if study.kind != "confirmation":
+        return [read_search(study)]
+    from bench.confirmation import read, sides  # it imports torch, which takes seconds
+
+    return [side for side in sides(*read(study.folder)) if side.confirmed]
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """The table, in two where it is too wide, and the notes."""
     from bench.compare_words import CAPTION, COLUMNS, TEXTS, table_rows
     from bench.terminal import console, table
 

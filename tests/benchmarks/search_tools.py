@@ -1,9 +1,9 @@
-"""Three ways to search for a fixed time, with one trial function: python rivals.py WAY FOLDER JSON.
+"""Three ways to search without end, with one trial function: python search_tools.py WAY FOLDER JSON.
 
 ``bench``; ``optuna``, a plain loop of study.optimize in one process; ``ray``, Ray Tune with its OptunaSearch and its
 MLflowLoggerCallback, as its documentation shows them. Each has its own TPE, as it comes: Optuna's defaults, in bench
 those of `bench.choices`. The seed that JSON has is the sampler's and the networks', all train on the CPU, nothing is
-stopped early, MLflow is an SQLite file where there is one, and each has the whole machine. `bench speed --search` runs
+stopped early, MLflow is an SQLite file where there is one, and each has the whole machine. search_comparison.py runs
 them one after another and reads what the trial function notes in FOLDER/ends.jsonl.
 """
 
@@ -23,7 +23,7 @@ from bench.recipes import recipe_of
 from bench.space_files import load_space
 from bench.trial import run_trial
 
-FOLDER = "BENCH_RIVALS"
+FOLDER = "BENCH_COMPARISON"
 
 
 def trial(config: TrialConfig, report: Callable[[int, Mapping[str, float]], None], **options: Any) -> TrialResult:
@@ -54,7 +54,7 @@ def of_bench(given: Mapping[str, Any], folder: Path) -> None:
     space = load_space(given["rule"], given["arch"])
     names = ("rule", "arch", "dataset", "epochs")
     config = StudyConfig(
-        name="rival",
+        name="comparison",
         **{name: given[name] for name in names},
         trials=10**6,
         sampler="tpe",
@@ -66,7 +66,7 @@ def of_bench(given: Mapping[str, Any], folder: Path) -> None:
     )
     ready = check(config, space, Options(results=folder, device="cpu"))
     with quiet(ready.folder / "ray.log"):
-        search(ready, say=lambda _: None, trial="rivals:trial")
+        search(ready, say=lambda _: None, trial="search_tools:trial")
 
 
 def of_optuna(given: Mapping[str, Any], folder: Path) -> None:
@@ -111,7 +111,9 @@ def of_ray(given: Mapping[str, Any], folder: Path) -> None:
         tune_config=tune.TuneConfig(search_alg=search, metric="val_acc", mode="max", num_samples=10**6),
         run_config=tune.RunConfig(
             storage_path=str(folder / "ray"),
-            callbacks=[MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="rival")],
+            callbacks=[
+                MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="comparison")
+            ],
             verbose=0,
         ),
     ).fit()
