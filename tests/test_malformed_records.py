@@ -184,6 +184,7 @@ STUDIES = {
     "transfer": (PUBLISHED / "transfer-resnet18-resnet50-digits", "transfer-resnet18-to-resnet50-digits"),
     "matrix": (PUBLISHED / "matrix-resnet18-digits", "matrix-resnet18-digits-normalized-centered"),
     "robustness": (PUBLISHED / "robustness-resnet18-digits", "robustness-resnet18-digits"),
+    "confirmation": (PUBLISHED / "fractions", "fractions-mirror-lenet-fashion-mnist"),
 }
 #: Beside the study itself, and what its book is narrowed to.
 SEARCHES = {
@@ -191,6 +192,7 @@ SEARCHES = {
     "transfer": ("symmetric-resnet18-digits", "symmetric-resnet50-digits"),
     "matrix": ("decay-resnet18-digits", "self-resnet18-digits", "symmetric-resnet18-digits"),
     "robustness": (),
+    "confirmation": (),
 }
 NARROWED = {"transfer": {"rules": ["symmetric"]}, "matrix": {"primitives": ["decay", "self"], "any": False}}
 
@@ -207,6 +209,12 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if kind in NARROWED:
             book = read_yaml(found[kind] / name / f"{kind}.yaml")
             write_yaml(found[kind] / name / f"{kind}.yaml", {**book, "config": {**book["config"], **NARROWED[kind]}})
+        if kind == "confirmation":  # of one rule with several shares of a batch, as an earlier release trained it
+            book = read_yaml(found[kind] / name / "fractions.yaml")
+            (rule,) = book["config"]["rules"].values()
+            shares = {f"share-{share}": {**rule, "feedback_fraction": share} for share in (1.0, 0.25, 0.125)}
+            config = {"name": name, "configs": shares, "seeds": book["config"]["seeds"]}
+            write_yaml(found[kind] / name / "confirmation.yaml", {**book, "config": config})
         for file in found[kind].glob("*/rows.jsonl"):
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             for each in lines:
