@@ -22,7 +22,6 @@ from typing import Any
 from bench.campaign import Campaign
 from bench.config import TrialConfig, TrialResult
 from bench.search import search
-from bench.spool import survey
 from bench.streams import quiet
 from soak_driver import ready_for
 
@@ -54,7 +53,7 @@ def measure(trials: int, sampler: str, results: Path) -> dict[str, Any]:
         return tick
 
     with quiet(ready.folder / "ray.log"):
-        outcome, _ = search(ready, say=print, watch=watch, trial="search_overhead:nothing")
+        outcome, summary = search(ready, say=print, watch=watch, trial="search_overhead:nothing")
     if outcome != "done" or len(ends) < trials:
         sys.exit(f"the search was {outcome} after {len(ends)} of {trials} trials; measure it again.")
     seconds, start = time.perf_counter() - began, ends[0] - began
@@ -70,7 +69,7 @@ def measure(trials: int, sampler: str, results: Path) -> dict[str, Any]:
         "rows": (ready.folder / "rows.jsonl").stat().st_size / 2**20,
         "journal": (ready.folder / "journal.log").stat().st_size / 2**20,
         "mlflow": sum(path.stat().st_size for path in results.glob("mlflow.db*")) / 2**20,
-        "left": sum(each.operations for each in survey(results / "spool")),
+        "left": summary["mlflow"]["lost"],
     }
 
 
