@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bench import headlines
+from bench import headlines, robustness_summary
 from bench.config import Status, UserError
 from bench.files import read_yaml
 from bench.pages.render import PAGE
@@ -25,7 +25,7 @@ FILES = ("rows.jsonl", "journal.log", "storage.yaml", "best.yaml", "front.json",
 NEEDED = {"uid", "study", "kind", "status", "config", "metrics", "history", "provenance"}
 
 _HEADLINES: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, float]]] = {
-    "robustness": headlines.robustness,
+    "robustness": robustness_summary.headline,
     "transfer": headlines.transfer,
     "matrix": headlines.matrix,
     "confirmation": headlines.confirmation,
@@ -136,7 +136,7 @@ def _plan(found: Found, config: Mapping[str, Any], common: Mapping[str, Any]) ->
         raise UserError(f"{path} is damaged ({error}); the study's own command writes it anew.") from error
     known: dict[str, Any] = {}
     if summary is not None:
-        curves = headlines.curves(summary) if found.kind == "robustness" else {}
+        curves = robustness_summary.curves(summary) if found.kind == "robustness" else {}
         known = {
             "metrics": _named(_HEADLINES[found.kind](summary)),
             "curves": {metric_name(name): kept for name, points in curves.items() if (kept := _at_levels(points))},

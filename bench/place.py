@@ -16,6 +16,7 @@ from bench.noise import SITES
 from bench.provenance import usable_cores
 from bench.recipes import recipe_of
 from bench.remote_results import RemotePath
+from bench.rows import Data
 from bench.stores import check_storage, check_uri, embedded
 from bench.training import check_together, pick_device, prepare, update_levels
 
@@ -78,6 +79,11 @@ class Place:
     key: str
     uri: str
     artifacts: Path | None
+
+    @property
+    def data(self) -> Data:
+        """What rows from here are measured on."""
+        return Data(key=self.key, examples=self.examples, chance=self.chance)
 
 
 def share_out(options: Options, device_type: str) -> Share:

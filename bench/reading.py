@@ -13,7 +13,7 @@ from bench.files import read_yaml
 from bench.journal import BOOKS
 from bench.learning.rules import ANY
 from bench.recipes import RECIPE_FIELDS
-from bench.rows import Row, RowFile, control_uid, last_attempts
+from bench.rows import Data, Row, RowFile, control_uid, last_attempts
 from bench.space import UPDATE_FIELDS
 from bench.spaces import SETTINGS
 from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, lr_is_searched, summarize
@@ -123,12 +123,48 @@ def _of_file(path: Path) -> list[Found]:
     if not path.is_file():
         raise UserError(f"there is no file {path}; name one of rows, or a study.")
     kinds: dict[str, StudyKind] = {}
-    for row in _read(path):
+    for row in read_rows(path):
         if row["kind"] in _KINDS_OF_ROWS:
             kinds.setdefault(row["study"], _KINDS_OF_ROWS[row["kind"]])
     if not kinds:
         raise UserError(f"{path} holds no rows of a study; name a file that has its trials.")
     return [Found(name=name, folder=path, kind=kind) for name, kind in kinds.items()]
+
+
+# --- what each kind reads --------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of this file; a last line that is being written just now is not one yet."""
+    return RowFile(path, say=lambda _: None).read()
+
+
+def read_config(manifest: Path) -> Mapping[str, Any]:
+    """The settings that a study's manifest keeps; UserError where it has none."""
+    config = read_yaml(manifest).get("config")
+    if not isinstance(config, Mapping):
+        raise UserError(f"{manifest} is damaged: it has no config. Run its command again, or restore it.")
+    return config
+
+
+def data_of(rows: Iterable[Row], folder: Path) -> Data:
+    """What these rows were measured on, as far as they say; UserError if none was trained."""
+    for row in rows:
+        kept, key = row["provenance"], place_of(row)
+        if key is not None and "examples" in kept:
+            classes = _classes(row["config"]["dataset"], kept, folder)
+            return Data(key=key, examples=kept["examples"], chance=1 / classes)
+    raise UserError(f"{folder}: no run got as far as its data, so there is nothing to show; run its command again.")
+
+
+def _classes(dataset: str, kept: Mapping[str, Any], folder: Path) -> int:
+    """How many classes the data have; older rows do not keep it."""
+    from bench.datasets import DATASETS  # it imports torch, which takes seconds, and newer rows need none
+
+    known = kept.get("classes") or (DATASETS[dataset].classes if dataset in DATASETS else None)
+    if known is None:
+        raise UserError(f"{folder}: its rows do not say how many classes {dataset} has; run its command again.")
+    return int(known)
 
 
 # --- a search --------------------------------------------------------------------------------------------
@@ -143,7 +179,7 @@ def read_search(found: Found, controls: Sequence[Row] | None = None) -> SearchRo
         what = BOOKS[f"{found.kind}.yaml"]
         raise UserError(f"{found.name} is {what}, not a search; bench report {found.name} makes its page.")
     config, runs_on = _book(found)
-    own = last_attempts(row for row in _read(_file_of(found)) if found.folder.is_dir() or row["study"] == found.name)
+    own = last_attempts(row for row in read_rows(_file_of(found)) if found.folder.is_dir() or row["study"] == found.name)
     own = [_whole(row) for row in own]
     searched = sorted((r for r in own if r["kind"] == "search"), key=lambda r: (len(r["uid"]), r["uid"]))
     confirmed = sorted((r for r in own if r["kind"] == "confirm"), key=lambda r: r["config"]["seed"])
@@ -163,7 +199,7 @@ def read_controls(found: Found) -> list[Row]:
     """All controls that lie where this study's do, the last attempt at each."""
     beside = found.folder.parent
     path = beside / "controls" / "rows.jsonl" if found.folder.is_dir() else beside / "controls.jsonl"
-    return [_whole(row) for row in last_attempts(_read(path)) if row["kind"] == "control"]
+    return [_whole(row) for row in last_attempts(read_rows(path)) if row["kind"] == "control"]
 
 
 def place_of(row: Mapping[str, Any]) -> str | None:
@@ -183,16 +219,10 @@ def _book(found: Found) -> tuple[StudyConfig | None, str | None]:
     path = found.folder / "study.yaml"
     if not path.is_file():
         return None, None
-    book = read_yaml(path)
-    if not isinstance(book.get("config"), Mapping):
-        raise UserError(f"{path} is damaged: it has no config. Restore it.")
-    runs_on = book.get("runs_on")
-    return StudyConfig.from_dict(book["config"]), None if runs_on is None else str(runs_on)
+    runs_on = read_yaml(path).get("runs_on")
+    return StudyConfig.from_dict(read_config(path)), None if runs_on is None else str(runs_on)
 
 
-def _read(path: Path) -> list[Row]:
-    """The rows of this file; a last line that is being written just now is not one yet."""
-    return RowFile(path, say=lambda _: None).read()
 
 
 def _whole(row: Row) -> Row:

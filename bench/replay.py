@@ -19,8 +19,6 @@ from bench.place import Options, Place, Share
 from bench.plans import Wanted, find_wanted
 from bench.programme import Searched
 from bench.reading import place_of
-from bench.robustness_plan import RobustnessConfig
-from bench.robustness_points import is_whole, summary_of
 from bench.rows import Row, RowFile, last_attempts
 from bench.space import Space
 
@@ -71,14 +69,9 @@ def matrix_again(folder: Path) -> dict[str, Any]:
     return {**summary, "complete": summary["complete"] and len(searches) == len(wanted)}
 
 
-def robustness_again(folder: Path) -> dict[str, Any]:
-    """`bench.robustness`'s summary of all that was measured under this name, whatever the last command asked for."""
-    config = RobustnessConfig.from_dict(_book(folder, "robustness.yaml"))
-    for values in config.rules.values():
-        TrialConfig.from_dict(values)
-    rows = last_attempts(_file(folder).read())
-    place = _place(rows, Options(results=folder.parent), folder)
-    return summary_of(config, rows, place, complete=is_whole(config, rows))
+def robustness_again(folder):
+    from bench.robustness_points import read_summary
+    return read_summary(folder)
 
 
 # --- what lies there

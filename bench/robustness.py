@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import headlines
+from bench import robustness_summary
 from bench.checkpoint import File, location, remove_checkpoint
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
@@ -20,7 +20,7 @@ from bench.pages.render import PAGE, write
 from bench.pages.robustness import robustness_page
 from bench.place import Options, Place, survey
 from bench.robustness_plan import Network, Plan, RobustnessConfig
-from bench.robustness_points import summary_of
+from bench.robustness_points import summarize_robustness
 from bench.robustness_words import note, title
 from bench.rows import Row, RowFile
 from bench.runs import Outcome, Planned, Recorder, Running, Runs, carry_out
@@ -144,8 +144,7 @@ class Robustness(Runs):
 
     def summary(self) -> dict[str, Any]:
         """What `bench.robustness_points` makes of the rows of this plan."""
-        complete = self.complete and not self._running
-        return summary_of(self._plan.config, self.rows(), self._place, complete=complete)
+        return summarize_robustness(self._plan.config, self.rows(), self._place.data)
 
     def outlook(self) -> str:
         """What there is to do, in one line."""
@@ -288,7 +287,7 @@ def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path, outcome:
     if outcome != "interrupted":  # then the user waits for the end
         write(robustness_page(summary), folder / PAGE)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    for name, curve in headlines.curves(summary).items():
+    for name, curve in robustness_summary.curves(summary).items():
         tracker.curve(name, curve)
     for site in summary["sites"]:
         if not site["levels"]:  # interrupted before the first: there is nothing to draw
@@ -296,6 +295,6 @@ def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path, outcome:
         files.append(folder / f"{site['site'].replace(' ', '-')}.svg")
         heading, below = title(site["site"], summary), note(summary, site)
         robustness_figure(site, title=heading, note=below, unit=site["unit"], path=files[-1])
-    if numbers := headlines.robustness(summary):
+    if numbers := robustness_summary.headline(summary):
         tracker.headline(numbers)
     tracker.artifacts([file for file in files if file.exists()])

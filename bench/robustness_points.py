@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from bench.config import TrialConfig
 from bench.evaluators.adversarial import ATTACKS
 from bench.learning.rules import parse_rule
 from bench.noise import SITES
-from bench.place import Place
+from bench.reading import data_of, read_config, read_rows
 from bench.robustness_plan import REFERENCE, RobustnessConfig
 from bench.robustness_summary import THROUGH_B, Point, summarize
-from bench.rows import Row
+from bench.rows import Data, Row, last_attempts
 
 #: What became of a training after which there is no network: it stands for all of its evaluations.
 ENDS = ("diverged", "failed")
 
 
-def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, complete: bool) -> dict[str, Any]:
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of all that was measured under this name, whatever the last command asked for."""
+    config = RobustnessConfig.from_dict(read_config(folder / "robustness.yaml"))
+    for values in config.rules.values():
+        TrialConfig.from_dict(values)
+    rows = last_attempts(read_rows(folder / "rows.jsonl"))
+    return summarize_robustness(config, rows, data_of(rows, folder))
+
+
+def summarize_robustness(config: RobustnessConfig, rows: Sequence[Row], data: Data) -> dict[str, Any]:
     """The curves and verdicts of `bench.robustness_summary`, and what they are of.
 
     ``rows``: one for each run, of several attempts the last. ``other_levels``: how many of them are at levels that the
@@ -27,11 +38,11 @@ def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, c
     points = points_of(config, rows)
     curves = _attack_curves(config, rows)
     still = {"update": [rule for rule in config.rules if config.unaffected(rule)]}
-    tested, symbols = place.examples["test"], dict.fromkeys(curves, "ε")
+    tested, symbols = data.examples["test"], dict.fromkeys(curves, "ε")
     noise, hits = [p for p in points if p.site not in curves], [p for p in points if p.site in curves]
-    found = summarize(noise, chance=place.chance, tested=tested, reference=REFERENCE, unaffected=still)
+    found = summarize(noise, chance=data.chance, tested=tested, reference=REFERENCE, unaffected=still)
     attacked = min(config.attacked, tested)
-    under = summarize(hits, chance=place.chance, tested=attacked, floor=0.0, reference=REFERENCE, symbols=symbols)
+    under = summarize(hits, chance=data.chance, tested=attacked, floor=0.0, reference=REFERENCE, symbols=symbols)
     here = [row for row in rows if _asked_for(config, row)]
     status = [row["status"] for row in here]
     return {
@@ -40,7 +51,7 @@ def summary_of(config: RobustnessConfig, rows: Sequence[Row], place: Place, *, c
         "dataset": first["dataset"],
         "epochs": first["epochs"],
         "seeds": seeds,
-        "complete": complete,
+        "complete": _is_whole(config, rows),
         "runs": {name: status.count(name) for name in ("finished", "diverged", "failed")},
         "other_levels": len(rows) - len(here),
         "coefficients": {rule: values.get("coefficients", {}) for rule, values in config.rules.items()},
@@ -66,7 +77,7 @@ def points_of(config: RobustnessConfig, rows: Sequence[Row]) -> list[Point]:
     return [*_update_points(config, rows), *_probe_points(config, rows)]
 
 
-def is_whole(config: RobustnessConfig, rows: Sequence[Row]) -> bool:
+def _is_whole(config: RobustnessConfig, rows: Sequence[Row]) -> bool:
     """Whether these rows are all that was asked for: every rule, seed, curve and level, and no failure among them."""
     given = any("file" in row["evaluation"] for row in rows)
     seeds = _seeds(rows) if given else range(config.first_seed, config.first_seed + config.seeds)
@@ -80,7 +91,7 @@ def is_whole(config: RobustnessConfig, rows: Sequence[Row]) -> bool:
         for level in (0.0, *(() if site == "update" and config.unaffected(rule) else levels))
     }
     points = points_of(config, rows)
-    return wanted <= {(p.site, p.rule, p.seed, p.level) for p in points if p.status != "failed"}
+    return len(seeds) >= config.seeds and wanted <= {(p.site, p.rule, p.seed, p.level) for p in points if p.status != "failed"}
 
 
 def _asked_for(config: RobustnessConfig, row: Mapping[str, Any]) -> bool:

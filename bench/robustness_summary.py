@@ -330,3 +330,32 @@ def _half(curves: _Curves) -> dict[str, Any] | None:
 
 def _estimate(values: Mapping[int, float]) -> dict[str, Any] | None:
     return estimate([values[seed] for seed in sorted(values)]).to_dict() if values else None
+
+
+# --- its numbers in MLflow
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """A measurement's own; none before it is complete: the area under a part of a grid is another number."""
+    found: dict[str, float] = {}
+    if not summary["complete"]:
+        return found
+    for site in summary["sites"]:
+        for rule in site["rules"]:
+            # a relative area of some of the networks, or by a gradient that is none, is no headline
+            partial = rule["at_chance"] or site["true_site"]
+            for name in ("clean", "area", *(() if partial else ("relative_area",))):
+                if rule[name] is not None:
+                    found[f"{site['site']}/{rule['rule']}/{name}"] = rule[name]["mean"]
+    return found
+
+
+def curves(summary: Mapping[str, Any]) -> dict[str, dict[float, float]]:
+    """A measurement's curves of test accuracy, by their names in MLflow and the level."""
+    found = {}
+    for site in summary["sites"]:
+        for rule in site["rules"]:
+            levels = [{"level": 0.0, "acc": rule["clean"]}, *rule["curve"]]
+            curve = {point["level"]: point["acc"]["mean"] for point in levels if point["acc"]}
+            found[f"{site['site']}/{rule['rule']}/test_acc"] = curve
+    return found

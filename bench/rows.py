@@ -13,7 +13,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +212,23 @@ def last_attempts(rows: Iterable[Row]) -> list[Row]:
 def _next_attempt(uid: str, known: Mapping[str, Row]) -> str:
     tried = re.fullmatch(r"(.+)\.(\d+)", uid)
     return f"{tried[1]}.{int(tried[2]) + 1}" if tried and tried[1] in known else f"{uid}.2"
+
+
+def attempts(base: str, known: Collection[str]) -> list[str]:
+    """The names under which a run was tried (uid, uid.2, ...), and that of the next attempt."""
+    names = [base]
+    while names[-1] in known:
+        names.append(f"{base}.{len(names) + 1}")
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What runs were measured on. ``key``: device and data, as in `bench.place.Place`; ``chance``: of guessing."""
+
+    key: str
+    examples: Mapping[str, int]
+    chance: float
 
 
 def control_uid(config: TrialConfig, key: str) -> str:

@@ -20,7 +20,7 @@ from bench.director import Source, Task, Wait
 from bench.disk import DiskError
 from bench.place import Place
 from bench.provenance import provenance
-from bench.rows import Row, RowFile, row
+from bench.rows import Row, RowFile, attempts, row
 from bench.terminal import duration
 
 Outcome = Literal["done", "interrupted", "known"]
@@ -116,10 +116,7 @@ class Runs:
 
     def _attempts(self, base: str) -> list[str]:
         """The names under which this run was tried (uid, uid.2, ...), and the one of a next attempt."""
-        names = [base]
-        while names[-1] in self._done:
-            names.append(f"{base}.{len(names) + 1}")
-        return names
+        return attempts(base, self._done)
 
     def _next_attempt(self, base: str) -> str | None:
         """None if the run is settled: it is done, or failed in this very start. An older failure is tried again."""
