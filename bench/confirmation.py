@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import headlines
 from bench.checkpoint import location
 from bench.compare import compare
 from bench.compare_words import CAPTION, COLUMNS, TEXTS, table_rows
@@ -119,6 +118,18 @@ def read(folder: Path) -> tuple[ConfirmationConfig, list[Row]]:
     return config, last_attempts(RowFile(folder / "rows.jsonl", say=lambda _: None).read())
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of what a confirmation keeps in its folder."""
+    return summarize(*read(folder))
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Test accuracy of each configuration, and its difference to the first; none before all are trained."""
+    lines = summary["studies"] if summary["complete"] else ()
+    found = {f"{line['study']}/test_acc": line["test_acc"]["mean"] for line in lines}
+    return found | {f"{line['study']}/versus_first": line["test_acc_versus_first"]["mean"] for line in lines[1:]}
+
+
 def confirmation_page(summary: Mapping[str, Any]) -> Page:
     """The table of the configurations, and what is unequal between them."""
     runs = ", ".join(f"{n} {status}" for status, n in summary["runs"].items() if n) or "none"
@@ -153,5 +164,5 @@ def confirm(
         source.sweep()
         outcome = carry_out(source, place, folder / "ray.log", say=say, watch=watch)
         summary = summarize(config, source.rows())
-        numbers = headlines.confirmation(summary)
+        numbers = headline(summary)
         return outcome, conclude(tracker, folder, BOOK, summary, headline=numbers, page=confirmation_page, end=outcome)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bench import headlines, robustness_summary
 from bench.config import Status, UserError
 from bench.files import read_yaml
+from bench.kinds import KINDS
 from bench.pages.render import PAGE
-from bench.reading import KINDS, Found, StudyKind, read_search, search_summary
+from bench.reading import Found, read_search, search_summary
 from bench.rows import TRAININGS, Row, RowFile
 from bench.summary import headline
 from bench.tracking import metric_name
@@ -23,28 +23,6 @@ FILES = ("rows.jsonl", "journal.log", "storage.yaml", "best.yaml", "front.json",
 
 #: What is recorded of a row.
 NEEDED = {"uid", "study", "kind", "status", "config", "metrics", "history", "provenance"}
-
-_HEADLINES: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, float]]] = {
-    "robustness": robustness_summary.headline,
-    "transfer": headlines.transfer,
-    "matrix": headlines.matrix,
-    "confirmation": headlines.confirmation,
-}
-
-#: The settings of a study that are tags of its run, as ``bench.<name>``, and how they are found.
-_TAGS: dict[StudyKind, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "search": lambda config: {name: config[name] for name in ("rule", "arch", "seed")},
-    "robustness": lambda config: {"arch": _first(config)["arch"], "rules": ",".join(config["rules"])},
-    "transfer": lambda config: {"rules": ",".join(config["rules"]), "source": config["source"]},
-    "confirmation": lambda config: {"configurations": ",".join(config["configs"])},
-    "matrix": lambda config: {"archs": ",".join(config["archs"]), "primitives": ",".join(config["primitives"])},
-}
-
-
-def _first(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the first rule of a measurement, or configuration of a confirmation."""
-    found: Mapping[str, Any] = next(iter(config["rules" if "rules" in config else "configs"].values()))
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +46,21 @@ class Filed:
 
 def read_filed(found: Found) -> Filed:
     """What is in the folder of a study. UserError for what is damaged."""
-    book = next(name for name, kind in KINDS.items() if kind == found.kind)
-    path = found.folder / book
+    kind = KINDS[found.kind]
+    path = found.folder / kind.manifest
     kept = read_yaml(path)
     config, identity = kept.get("config"), kept.get("id")
     if not (isinstance(config, dict) and isinstance(identity, str)):
         raise UserError(f"{path} is damaged: it has no config, or no id. Restore it.")
     try:
-        dataset = (_first(config) if found.kind in ("robustness", "confirmation") else config)["dataset"]
+        dataset = kind.dataset(config)["dataset"]
         common = {
             "name": str(config["name"]),  # also where its folder was renamed
             "identity": identity,
-            "tags": {f"bench.{name}": value for name, value in _TAGS[found.kind](config).items()}
+            "tags": {f"bench.{name}": value for name, value in kind.tags(config).items()}
             | ({"bench.code": kept["code"]} if "code" in kept else {}),
             "dataset": (str(dataset), str(kept.get("runs_on")).partition(" ")[2]),
-            "files": _files(found.folder, book),
+            "files": _files(found.folder, kind.manifest),
         }
         return _search(found, common) if found.kind == "search" else _plan(found, config, common)
     except (KeyError, TypeError, AttributeError, OverflowError, StopIteration) as error:
@@ -136,9 +114,10 @@ def _plan(found: Found, config: Mapping[str, Any], common: Mapping[str, Any]) ->
         raise UserError(f"{path} is damaged ({error}); the study's own command writes it anew.") from error
     known: dict[str, Any] = {}
     if summary is not None:
-        curves = robustness_summary.curves(summary) if found.kind == "robustness" else {}
+        kind = KINDS[found.kind]
+        curves = kind.load("curves")(summary) if kind.curves else {}
         known = {
-            "metrics": _named(_HEADLINES[found.kind](summary)),
+            "metrics": _named(kind.load("headline")(summary)),
             "curves": {metric_name(name): kept for name, points in curves.items() if (kept := _at_levels(points))},
             "complete": summary["complete"],
         }

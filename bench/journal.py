@@ -14,22 +14,14 @@ from filelock import FileLock, Timeout
 
 from bench.config import UserError
 from bench.disk import on_disk
-
-#: What a folder under the results can be of, by the file that says so.
-BOOKS = {
-    "study.yaml": "a search",
-    "robustness.yaml": "a measurement of robustness",
-    "transfer.yaml": "a transfer",
-    "matrix.yaml": "a matrix",
-    "confirmation.yaml": "a confirmation",
-}
+from bench.kinds import KINDS
 
 
 def check_kind(folder: Path, own: str) -> None:
     """UserError if the folder is of another kind than ``own``, the name of a book."""
-    for book, kind in BOOKS.items():
-        if book != own and (folder / book).exists():
-            raise UserError(f"{folder} holds {kind}; give this another --name.")
+    for kind in KINDS.values():
+        if kind.manifest != own and (folder / kind.manifest).exists():
+            raise UserError(f"{folder} holds {kind.what}; give this another --name.")
 
 
 class BusyError(UserError):

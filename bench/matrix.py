@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
-from bench import headlines
-from bench.campaign import CONTROLS, Ready, confirm_seeds, trial_config
+from bench import matrix_summary
+from bench.campaign import CONTROLS, Ready, trial_config
 from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
 from bench.learning.primitives import PRIMITIVES
@@ -21,13 +22,13 @@ from bench.matrix_summary import Cell, summarize_matrix
 from bench.pace import seconds_per_epoch
 from bench.pages.matrix import matrix_page
 from bench.place import Options, Place
-from bench.plans import BUDGET, Wanted, find_wanted, plan, renamed
+from bench.plans import BUDGET, Wanted, find_wanted, plan, read_searches, renamed
 from bench.programme import Programme, Say, check_own_name, conclude, recorded
-from bench.rows import Row, RowFile, control_uid
+from bench.reading import read_config, read_rows
 from bench.runs import Outcome, carry_out
+from bench.searched import Searched, confirmed_rows, read_searched
 from bench.space import Space
 from bench.spaces import DEFAULT, SETTINGS
-from bench.summary import best_trial, same_setting
 
 BOOK = "matrix.yaml"
 
@@ -125,114 +126,77 @@ def matrix(
         with Programme(config.name, [prepared.searches[w] for w in prepared.run], say=say) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)
-        known = Known(prepared)
-        for row in known.confirmed():
-            tracker.record(row["uid"], row["kind"], row)
-        summary = {**known.summary(), "busy": programme.busy}
+        searches = _read(place.options.results, prepared.searches)
+        rows = [row for found in searches.values() for row in (*found.confirmed, *found.controls)]
+        for uid, row in {row["uid"]: row for row in rows}.items():  # several searches have one control
+            tracker.record(uid, row["kind"], row)
+        summary = {**summarize(config, searches), "busy": programme.busy}
         return outcome, conclude(
-            tracker, folder, BOOK, summary, headline=headlines.matrix(summary), page=matrix_page, end=outcome
+            tracker, folder, BOOK, summary, headline=matrix_summary.headline(summary), page=matrix_page, end=outcome
         )
 
 
-class Known:
-    """What the rows of a matrix's searches say by now, whoever ran them."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
-        self._rows = {w: read(ready) for w, ready in prepared.searches.items()}
-        firsts = {w.arch: ready for w, ready in reversed(list(prepared.searches.items()))}
-        self._controls = {arch: controls_of(firsts[arch]) for arch in prepared.config.archs}
-
-    def confirmed(self) -> list[Row]:
-        """All confirmed rows, and the controls."""
-        rows = [confirmed_rows(self._prepared.searches[w].config, rows) for w, rows in self._rows.items()]
-        return [row for some in (*rows, *self._controls.values()) for row in some]
-
-    def summary(self) -> dict[str, Any]:
-        """`bench.matrix_summary` of each network, and the budget."""
-        config = self._prepared.config
-        budget = next(iter(self._prepared.searches.values())).config
-        archs = {arch: self._summary_of(arch, budget) for arch in config.archs}
-        return {
-            "study": config.name,
-            "dataset": config.dataset,
-            "space": config.space,
-            "trials": budget.trials,
-            "epochs": budget.epochs,
-            "complete": all(is_complete(self._prepared.searches[w].config, rows) for w, rows in self._rows.items())
-            and all(len(rows) >= len(CONTROLS) * budget.confirm_seeds for rows in self._controls.values()),
-            "archs": archs,
-        }
-
-    def _summary_of(self, arch: str, budget: StudyConfig) -> dict[str, Any]:
-        cells = {w.rule: self._cell(w) for w in self._rows if w.arch == arch}
-        whole = cells.pop(ANY, None)
-        for rule in CONTROLS:
-            rows = [row for row in self._controls[arch] if row["config"]["rule"] == rule]
-            if rows:
-                cells[rule] = Cell(rule=rule, primitives=(), searched=(), confirmed=rows, control=True)
-        place = next(ready.place for w, ready in self._prepared.searches.items() if w.arch == arch)
-        return summarize_matrix(
-            list(cells.values()),
-            primitives=self._prepared.config.primitives,
-            kinds={name: row.kind for name, row in PRIMITIVES.items()},
-            chance=place.chance,
-            examples=place.examples["val"],
-            trials=budget.trials,
-            epochs=budget.epochs,
-            any_study=whole,
-        )
-
-    def _cell(self, wanted: Wanted) -> Cell:
-        rows = self._rows[wanted]
-        return Cell(
-            rule=wanted.rule,
-            primitives=() if wanted.rule == ANY else parse_rule(wanted.rule).primitives,
-            searched=[row for row in rows if row["kind"] == "search"],
-            confirmed=confirmed_rows(self._prepared.searches[wanted].config, rows),
-            control=wanted.rule in BESIDE,
-            complete=is_complete(self._prepared.searches[wanted].config, rows),
-        )
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of what lies in the folders of its searches."""
+    config = MatrixConfig.from_dict(read_config(folder / BOOK))
+    return summarize(config, read_searches(folder.parent, [*searches_of(config), *any_of(config)]))
 
 
-def read(ready: Ready) -> list[Row]:
-    """The rows that a search has left by now."""
-    return RowFile(ready.folder / "rows.jsonl", say=lambda _: None).read()
+def summarize(config: MatrixConfig, searches: Mapping[Wanted, Searched]) -> dict[str, Any]:
+    """`bench.matrix_summary` of each network of which there is a search, and the budget."""
+    budget = next(iter(searches.values())).config
+    by_arch = {arch: {w: s for w, s in searches.items() if w.arch == arch} for arch in config.archs}
+    firsts = [next(iter(found.values())) for found in by_arch.values() if found]
+    return {
+        "study": config.name,
+        "dataset": config.dataset,
+        "space": config.space,
+        "trials": budget.trials,
+        "epochs": budget.epochs,
+        "complete": searches.keys() >= {*searches_of(config), *any_of(config)}
+        and all(found.complete for found in searches.values())
+        and all(len(first.controls) >= len(CONTROLS) * budget.confirm_seeds for first in firsts),
+        "archs": {arch: _summary_of(config, found, budget) for arch, found in by_arch.items() if found},
+    }
 
 
-def controls_of(ready: Ready) -> list[Row]:
-    """The controls that belong to a search, by the names under which `bench.campaign.Campaign` files them."""
-    plain = [
-        trial_config(ready.config, {}, rule=rule, seed=s) for rule in CONTROLS for s in confirm_seeds(ready.config)
-    ]
-    names = {control_uid(config, ready.place.key) for config in plain}
-    rows = RowFile(ready.place.options.results / "controls" / "rows.jsonl", say=lambda _: None).read()
-    return [row for row in rows if row["uid"].partition(".")[0] in names and row["status"] != "failed"]
+def _summary_of(config: MatrixConfig, searches: Mapping[Wanted, Searched], budget: StudyConfig) -> dict[str, Any]:
+    """Of one network."""
+    cells = {w.rule: _cell(w.rule, found) for w, found in searches.items()}
+    whole = cells.pop(ANY, None)
+    first = next(iter(searches.values()))
+    for rule in CONTROLS:
+        rows = [row for row in first.controls if row["config"]["rule"] == rule]
+        if rows:
+            cells[rule] = Cell(rule=rule, primitives=(), searched=(), confirmed=rows, control=True)
+    return summarize_matrix(
+        list(cells.values()),
+        primitives=config.primitives,
+        kinds={name: row.kind for name, row in PRIMITIVES.items()},
+        chance=first.data.chance,
+        examples=first.data.examples["val"],
+        trials=budget.trials,
+        epochs=budget.epochs,
+        any_study=whole,
+    )
 
 
-def is_complete(config: StudyConfig, rows: Sequence[Row]) -> bool:
-    """Whether these rows are all that the search is to leave: its trials, and its best with every fresh seed."""
-    trials = config.trials if Space.from_dict(config.space).searched else 1
-    searched = len([row for row in rows if row["kind"] == "search"])
-    if searched < trials or best_trial(rows) is None:
-        return searched >= trials
-    ours = [row for row in confirmed_rows(config, rows) if row["status"] != "failed"]
-    return {row["config"]["seed"] for row in ours} >= set(confirm_seeds(config))
+def _cell(rule: str, found: Searched) -> Cell:
+    return Cell(
+        rule=rule,
+        primitives=() if rule == ANY else parse_rule(rule).primitives,
+        searched=found.searched,
+        confirmed=found.confirmed,
+        control=rule in BESIDE,
+        complete=found.complete,
+    )
 
 
-def confirmed_rows(config: StudyConfig, rows: Sequence[Row]) -> list[Row]:
-    """The confirmed runs of the search's best trial: one for each fresh seed, of several attempts the last.
-
-    Of what a smaller budget had as its best, and of further configurations that the search confirmed, none: the best of
-    several confirmed ones would be one choice more than the other searches have.
-    """
-    best = best_trial(rows)
-    found: dict[int, Row] = {}
-    for row in rows:
-        seed = row["config"]["seed"]
-        if row["kind"] == "confirm" and best is not None and same_setting(row, best) and seed in confirm_seeds(config):
-            found[seed] = row
-    return [found[seed] for seed in sorted(found)]
+def _read(results: Path, begun: Mapping[Wanted, Ready]) -> dict[Wanted, Searched]:
+    """What these searches have by now, whoever ran them; also those without a row."""
+    controls = read_rows(results / "controls" / "rows.jsonl")
+    found = {w: read_searched(results, r.config, controls, r.place.data) for w, r in begun.items()}
+    return {w: each for w, each in found.items() if each is not None}
 
 
 def outlook(prepared: Prepared) -> list[dict[str, Any]]:
@@ -245,7 +209,7 @@ def outlook(prepared: Prepared) -> list[dict[str, Any]]:
     lines = []
     for w in prepared.run:
         ready = prepared.searches[w]
-        config, rows = ready.config, read(ready)
+        config, rows = ready.config, read_rows(ready.folder / "rows.jsonl")
         trials = config.trials if Space.from_dict(config.space).searched else 1
         searched = sum(row["kind"] == "search" for row in rows)
         confirmed = sum(row["status"] != "failed" for row in confirmed_rows(config, rows))
@@ -289,10 +253,10 @@ def beside(ready: Ready, space: str) -> dict[str, Any] | None:
         if len(rules) < len(subsets()):  # of other primitives than this search has
             continue
         known = {w: begun for w in wanted if (begun := find_wanted(results, w)) and _comparable(begun, own)}
-        searches = {w: replace(ready, config=begun) for w, begun in known.items()}
-        if searches:
+        if known:
             whole = Wanted.of(ANY, own.arch, own.dataset, space)
-            prepared = Prepared(config=config.replace(archs=[own.arch]), searches={**searches, whole: ready}, run=())
-            found: dict[str, Any] | None = Known(prepared).summary()["archs"][own.arch]["any"]
+            searches = {**{w: replace(ready, config=begun) for w, begun in known.items()}, whole: ready}
+            summary = summarize(config.replace(archs=[own.arch]), _read(results, searches))
+            found: dict[str, Any] | None = summary["archs"][own.arch]["any"]
             return found
     return None

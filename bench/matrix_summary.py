@@ -387,3 +387,19 @@ def _any(cell: Cell, found: _Study | None, subsets: Sequence[_Study], given: Seq
         "matrix_trials": matrix,
         "same_budget": trials == matrix and _epochs([cell]) == _epochs(given),
     }
+
+
+# --- its numbers in MLflow
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Test accuracies of the subsets and effects of the primitives, by network."""
+    found = {}
+    for arch, whole in summary["archs"].items():
+        for line in whole["table"]:
+            if line["test_acc"]:
+                found[f"{arch}/{line['name']}/test_acc"] = line["test_acc"]["mean"]
+        for effect in whole["effects"]:
+            if effect["test_acc"]:
+                found[f"{arch}/effect/{effect['primitive']}"] = effect["test_acc"]["mean"]
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from bench.config import StudyConfig, UserError, study_name
 from bench.files import read_yaml
 from bench.learning.rules import ANY
 from bench.place import Options, Place, recipe_for
+from bench.reading import read_rows
 from bench.search import check
+from bench.searched import Searched, read_searched
 from bench.space import Space
 from bench.space_files import load_space
 from bench.spaces import DEFAULT, REFERENCE, canonical_space, space_changes, space_of
@@ -52,6 +54,16 @@ def find_wanted(results: Path, wanted: Wanted) -> StudyConfig | None:
         older = find_study(results, study_name(wanted.rule, wanted.arch, wanted.dataset))
         if older is not None and space_of({"rule": older.rule, **older.recipe}) == REFERENCE:
             return older
+    return found
+
+
+def read_searches(results: Path, wanted: Iterable[Wanted]) -> dict[Wanted, Searched]:
+    """Those that were begun and have a row; UserError where none has."""
+    controls = read_rows(results / "controls" / "rows.jsonl")
+    begun = {w: config for w in dict.fromkeys(wanted) if (config := find_wanted(results, w))}
+    found = {w: each for w, config in begun.items() if (each := read_searched(results, config, controls))}
+    if not found:
+        raise UserError(f"{results}: none of this plan's searches is there; its rows must lie beside it.")
     return found
 
 

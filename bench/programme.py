@@ -23,24 +23,12 @@ from bench.journal import BusyError, check_kind, claim
 from bench.pages.parts import Page
 from bench.pages.render import PAGE, write
 from bench.place import Place
-from bench.rows import Row
 from bench.runs import Outcome, Runs
 from bench.search import Open, opened
+from bench.searched import Searched
 from bench.tracking import Tracker
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Searched:
-    """What a search left, or has by now."""
-
-    ready: Ready
-    searched: Sequence[Row]
-    confirmed: Sequence[Row]
-    controls: Sequence[Row]
-    summary: Mapping[str, Any]
-    complete: bool
 
 
 class Follower(Runs):
@@ -153,13 +141,13 @@ class Programme:
     def _close(self, member: _Member, outcome: Outcome) -> None:
         assert member.open is not None
         campaign = member.open.campaign
-        summary = member.open.finish(outcome)
+        member.open.finish(outcome)
         found = Searched(
-            ready=member.ready,
+            config=member.ready.config,
+            data=member.ready.place.data,
             searched=campaign.search_rows(),
             confirmed=campaign.confirm_rows(),
             controls=campaign.control_rows(),
-            summary=summary,
             complete=campaign.complete and not campaign.running and not campaign.awaits_controls(),
         )
         self.found[member.ready.config.name] = found

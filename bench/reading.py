@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bench.config import StudyConfig, TrialConfig, UserError, unknown
 from bench.files import read_yaml
-from bench.journal import BOOKS
+from bench.kinds import KINDS
 from bench.learning.rules import ANY
 from bench.recipes import RECIPE_FIELDS
 from bench.rows import Data, Row, RowFile, control_uid, last_attempts
@@ -18,23 +18,6 @@ from bench.space import UPDATE_FIELDS
 from bench.spaces import SETTINGS
 from bench.summary import NOISE, REFERENCE, UPDATES, by_configuration, lr_is_searched, summarize
 
-StudyKind = Literal["search", "robustness", "transfer", "matrix", "confirmation"]
-
-#: The kind of a study, by its book.
-KINDS: dict[str, StudyKind] = {
-    "study.yaml": "search",
-    "robustness.yaml": "robustness",
-    "transfer.yaml": "transfer",
-    "matrix.yaml": "matrix",
-    "confirmation.yaml": "confirmation",
-}
-#: The kind of a study of which only rows are there, by the kind of its rows.
-_KINDS_OF_ROWS: dict[str, StudyKind] = {
-    "search": "search",
-    "confirm": "search",
-    "robustness": "robustness",
-    "transfer": "transfer",
-}
 #: The defaults of a run: what an older row, which lacks a newer field, was trained with.
 USUAL = TrialConfig(rule=REFERENCE).to_dict()
 #: What of a configuration is the rule's and the run's own; the rest it shares with its controls.
@@ -47,7 +30,7 @@ class Found:
 
     name: str
     folder: Path
-    kind: StudyKind
+    kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +84,8 @@ def _at(name: str, results: Path, known: Mapping[str, Found]) -> list[Found]:
     if path.suffix == ".jsonl":
         return _of_file(path)
     if path.is_dir() and os.sep in name:
-        raise UserError(f"{name} holds no study; name a folder that has one of {', '.join(BOOKS)}.")
+        manifests = ", ".join(kind.manifest for kind in KINDS.values())
+        raise UserError(f"{name} holds no study; name a folder that has one of {manifests}.")
     if not known:
         raise UserError(f"there is no study in {results}; name another --results, or the path of a study.")
     raise unknown("study", name, known)
@@ -114,7 +98,12 @@ def _of_folder(folder: Path) -> Found | None:
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; permit it, or move it elsewhere.") from error
     return next(
-        (Found(name=folder.resolve().name, folder=folder, kind=kind) for b, kind in KINDS.items() if b in held), None
+        (
+            Found(name=folder.resolve().name, folder=folder, kind=name)
+            for name, kind in KINDS.items()
+            if kind.manifest in held
+        ),
+        None,
     )
 
 
@@ -122,10 +111,11 @@ def _of_file(path: Path) -> list[Found]:
     """The studies whose rows are in this file, in their order."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; name one of rows, or a study.")
-    kinds: dict[str, StudyKind] = {}
+    known = {of: name for name, kind in KINDS.items() for of in kind.rows}
+    kinds: dict[str, str] = {}
     for row in read_rows(path):
-        if row["kind"] in _KINDS_OF_ROWS:
-            kinds.setdefault(row["study"], _KINDS_OF_ROWS[row["kind"]])
+        if row["kind"] in known:
+            kinds.setdefault(row["study"], known[row["kind"]])
     if not kinds:
         raise UserError(f"{path} holds no rows of a study; name a file that has its trials.")
     return [Found(name=name, folder=path, kind=kind) for name, kind in kinds.items()]
@@ -176,10 +166,12 @@ def read_search(found: Found, controls: Sequence[Row] | None = None) -> SearchRo
     UserError for a study of another kind, and for damaged files.
     """
     if found.kind != "search":
-        what = BOOKS[f"{found.kind}.yaml"]
+        what = KINDS[found.kind].what
         raise UserError(f"{found.name} is {what}, not a search; bench report {found.name} makes its page.")
     config, runs_on = _book(found)
-    own = last_attempts(row for row in read_rows(_file_of(found)) if found.folder.is_dir() or row["study"] == found.name)
+    own = last_attempts(
+        row for row in read_rows(_file_of(found)) if found.folder.is_dir() or row["study"] == found.name
+    )
     own = [_whole(row) for row in own]
     searched = sorted((r for r in own if r["kind"] == "search"), key=lambda r: (len(r["uid"]), r["uid"]))
     confirmed = sorted((r for r in own if r["kind"] == "confirm"), key=lambda r: r["config"]["seed"])
@@ -221,8 +213,6 @@ def _book(found: Found) -> tuple[StudyConfig | None, str | None]:
         return None, None
     runs_on = read_yaml(path).get("runs_on")
     return StudyConfig.from_dict(read_config(path)), None if runs_on is None else str(runs_on)
-
-
 
 
 def _whole(row: Row) -> Row:

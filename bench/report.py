@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,13 +11,10 @@ from urllib.parse import quote
 
 from bench.cells import difference, spread_of
 from bench.config import UserError
+from bench.kinds import KINDS
 from bench.pages.index import Entry, index_page
-from bench.pages.matrix import matrix_page
 from bench.pages.parts import Page
 from bench.pages.render import write
-from bench.pages.robustness import robustness_page
-from bench.pages.search import search_page
-from bench.pages.transfer import transfer_page
 from bench.reading import Found, find, pick, read_search, search_summary
 from bench.summary import REFERENCE, budget_words, space_words
 
@@ -96,27 +93,19 @@ def _written(page: Page, path: Path, name: str, kind: str) -> Made:
 
 def _page(found: Found) -> tuple[Page, Entry]:
     """The page of a study, and its line in the index."""
-    if found.kind == "search":
+    kind = KINDS[found.kind]
+    if found.kind == "search":  # its rows alone make a page, too, and all of them are on it
         rows = read_search(found)
         summary = search_summary(rows)
-        page = search_page(summary, rows.searched, rows.confirmed, rows.controls)
-        return page, _search_entry(found, summary)
-    from bench import confirmation, replay  # it needs torch, which takes seconds to import; a search needs none
-
-    kinds: dict[str, tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any]], Page]]] = {
-        "robustness": (replay.robustness_again, robustness_page),
-        "transfer": (replay.transfer_again, transfer_page),
-        "matrix": (replay.matrix_again, matrix_page),
-        "confirmation": (
-            lambda folder: confirmation.summarize(*confirmation.read(folder)),
-            confirmation.confirmation_page,
-        ),
-    }
-    if found.folder.is_file():
+        page = kind.load("page")(summary, rows.searched, rows.confirmed, rows.controls)
+    elif found.folder.is_file():
         raise UserError(f"{found.folder}: rows of a {found.kind} alone make no page; give the folder with its book.")
-    read, draw = kinds[found.kind]
-    summary = read(found.folder)
-    return draw(summary), _plan_entry(found, summary)
+    else:
+        summary = kind.load("read")(found.folder)
+        page = kind.load("page")(summary)
+    complete, when = summary["complete"], _when(found)
+    own = kind.load("line")(summary)
+    return page, Entry(name=found.name, kind=found.kind, href=_href(found), when=when, complete=complete, **own)
 
 
 def _unreadable(found: Found, reason: str) -> Entry:
@@ -134,50 +123,22 @@ def _unreadable(found: Found, reason: str) -> Entry:
     )
 
 
-def _search_entry(found: Found, summary: dict[str, Any]) -> Entry:
+def search_line(summary: Mapping[str, Any]) -> dict[str, Any]:
     best = summary["confirmed"][0] if summary["confirmed"] else None
     space = space_words(best["config"]) if best else ""
     versus = best and best[f"test_acc_versus_{REFERENCE}"]
     against = f"; − {REFERENCE}: {difference(versus)}" if versus and summary["rule"] != REFERENCE else ""
-    return Entry(
-        name=found.name,
-        kind="search",
-        href=_href(found),
-        what=f"{summary['rule']} on {summary['arch']}, {summary['dataset']}{space and f', {space}'}",
-        budget=budget_words(summary),
-        runs=_counts(summary["trials"]),
-        headline=f"test {spread_of(best['test_acc'])} %{against}" if best else "nothing is confirmed",
-        when=_when(found),
-        complete=summary["complete"],
-        rule=summary["rule"],
-        arch=summary["arch"],
-        dataset=summary["dataset"],
-        test_acc=best and best["test_acc"],
-    )
-
-
-def _plan_entry(found: Found, summary: dict[str, Any]) -> Entry:
-    of = {
-        "robustness": _of_robustness,
-        "transfer": _of_transfer,
-        "matrix": _of_matrix,
-        "confirmation": _of_confirmation,
+    return {
+        "what": f"{summary['rule']} on {summary['arch']}, {summary['dataset']}{space and f', {space}'}",
+        "budget": budget_words(summary),
+        "runs": _counts(summary["trials"]),
+        "headline": f"test {spread_of(best['test_acc'])} %{against}" if best else "nothing is confirmed",
+        **{name: summary[name] for name in ("rule", "arch", "dataset")},
+        "test_acc": best and best["test_acc"],
     }
-    what = of[found.kind](summary)
-    return Entry(
-        name=found.name,
-        kind=found.kind,
-        href=_href(found),
-        when=_when(found),
-        complete=summary["complete"],
-        what=what["what"],
-        budget=what["budget"],
-        runs=what["runs"],
-        headline=what["headline"],
-    )
 
 
-def _of_robustness(summary: dict[str, Any]) -> dict[str, str]:
+def robustness_line(summary: Mapping[str, Any]) -> dict[str, str]:
     rules = ", ".join(summary["coefficients"])
     return {
         "what": f"{rules} on {summary['arch']}, {summary['dataset']}",
@@ -187,7 +148,7 @@ def _of_robustness(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_confirmation(summary: dict[str, Any]) -> dict[str, str]:
+def confirmation_line(summary: Mapping[str, Any]) -> dict[str, str]:
     lines = summary["studies"]
     epochs = sorted({line["epochs"] for line in lines})
     accuracies = [f"{line['study']} {spread_of(line['test_acc'])} %" for line in lines]
@@ -199,7 +160,7 @@ def _of_confirmation(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_transfer(summary: dict[str, Any]) -> dict[str, str]:
+def transfer_line(summary: Mapping[str, Any]) -> dict[str, str]:
     ranked = [f"{r['rule']} ({r['space']})" for r in summary["rules"] if r["place"]]
     return {
         "what": f"{', '.join(dict.fromkeys(p['rule'] for p in summary['pairs']))}: {', '.join(summary['archs'])}",
@@ -209,7 +170,7 @@ def _of_transfer(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_matrix(summary: dict[str, Any]) -> dict[str, str]:
+def matrix_line(summary: Mapping[str, Any]) -> dict[str, str]:
     subsets = [whole["subsets"] for whole in summary["archs"].values()]
     counts = dict.fromkeys(("finished", "stopped", "diverged", "failed"), 0)
     for whole in summary["archs"].values():

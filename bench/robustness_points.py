@@ -91,7 +91,9 @@ def _is_whole(config: RobustnessConfig, rows: Sequence[Row]) -> bool:
         for level in (0.0, *(() if site == "update" and config.unaffected(rule) else levels))
     }
     points = points_of(config, rows)
-    return len(seeds) >= config.seeds and wanted <= {(p.site, p.rule, p.seed, p.level) for p in points if p.status != "failed"}
+    return len(seeds) >= config.seeds and wanted <= {
+        (p.site, p.rule, p.seed, p.level) for p in points if p.status != "failed"
+    }
 
 
 def _asked_for(config: RobustnessConfig, row: Mapping[str, Any]) -> bool:

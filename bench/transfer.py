@@ -9,21 +9,24 @@ back to the source. What comes of it is said in `bench.transfer_summary`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
-from bench import headlines
+from bench import transfer_summary
 from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.checkpoint import location
 from bench.config import Strict, TrialConfig, check_range, digest
 from bench.director import WAIT, Task, Wait
 from bench.pages.transfer import transfer_page
 from bench.place import Options, Place
-from bench.plans import Wanted, plan, renamed
-from bench.programme import Follower, Programme, Say, Searched, check_own_name, conclude, recorded
-from bench.rows import Row, RowFile
+from bench.plans import Wanted, plan, read_searches, renamed
+from bench.programme import Follower, Programme, Say, check_own_name, conclude, recorded
+from bench.reading import read_config, read_rows
+from bench.rows import Row, RowFile, attempts
 from bench.runs import Outcome, Planned, Recorder, carry_out
+from bench.searched import Searched
 from bench.space import UPDATE_FIELDS, Range, Space
 from bench.spaces import DEFAULT
 from bench.summary import REFERENCE, best_trial, same_setting
@@ -112,41 +115,27 @@ def searches_of(routes: Sequence[Route]) -> list[Wanted]:
     return [w for route in routes for w in (route.source, route.target)]
 
 
-class Transfer(Follower):
-    """The runs of one transfer beside its searches, and the keeper of its rows."""
+class Plan:
+    """The runs of a transfer beside its searches, as far as those are complete; what is known of them, as pairs.
 
-    def __init__(self, prepared: Prepared, tracker: Recorder, rows: RowFile) -> None:
-        super().__init__(prepared.config.name, prepared.place, tracker, {"transfer": rows})
-        self._config, self._routes, self._searches = prepared.config, prepared.routes, prepared.searches
-        self._found: dict[Wanted, Searched] = {}
-        self._plans: dict[str, Planned] = {}
+    ``searches``: all that there are, in their order; ``runs``: by uid, but for those that the searches had.
+    """
+
+    def __init__(self, config: TransferConfig, searches: Mapping[Wanted, Searched]) -> None:
+        self._config, self._key = config, next(iter(searches.values())).data.key
+        self._found = {w: found for w, found in searches.items() if found.complete}
+        self._routes = [r for r in routes_of(config) if {r.source, r.target} <= self._found.keys()]
         self._had: dict[str, Row] = {}  # what the searches have run already, by the name that it would have here
-
-    def learned(self, found: Searched) -> None:
-        wanted = next(w for w, ready in self._searches.items() if ready.config.name == found.ready.config.name)
-        self._found[wanted] = found
-        for known in (*found.confirmed, *found.controls):
-            self._tracker.record(known["uid"], known["kind"], known)
-        for row in (*found.searched, *found.confirmed):
-            if row["status"] in ("finished", "diverged"):
-                config = TrialConfig.from_dict(row["config"])
-                self._had[self._uid(config, read_test=row["test_read"])] = row
-        self._plans = {}
+        for found in self._found.values():
+            for row in (*found.searched, *found.confirmed):
+                if row["status"] in ("finished", "diverged"):
+                    trial = TrialConfig.from_dict(row["config"])
+                    self._had[self._uid(trial, read_test=row["test_read"])] = row
+        self.runs: dict[str, Planned] = {}
         for route in self._routes:
-            if {route.source, route.target} <= set(self._found):
-                self._plans |= self._of(route)
+            self.runs |= self._of(route)
 
     # --- what there is to run
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is left to run, as far as the searches are known."""
-        return not any(self._open(self._plans))
-
-    def next(self) -> Task | Wait | None:
-        for uid, planned in self._open(self._plans):
-            return self._task(uid, planned.with_options(checkpoint=location(self._checkpoint(uid))))
-        return WAIT if self._running else None
 
     def _of(self, route: Route) -> dict[str, Planned]:
         """The runs of a route, but for those that its searches had."""
@@ -156,20 +145,24 @@ class Transfer(Follower):
                 found |= self._planned(self._moved(row, route.source, route.source))
             found |= self._planned(self._moved(row, route.source, route.target))
         for home, away in ((route.source, route.target), (route.target, route.source)):
-            if (best := self._best(home)) is not None:
-                for seed in confirm_seeds(self._searches[away].config):
-                    found |= self._planned(self._moved(best, home, away, seed), read_test=True)
+            for config in self._best_moved(home, away):
+                found |= self._planned(config, read_test=True)
         return found
 
     def _moved(self, row: Row, home: Wanted, to: Wanted, seed: int | None = None) -> TrialConfig:
         """What the search at home chose for a row, as it is, on another network with that one's recipe."""
-        known = row["config"]
-        chosen = [name for name in UPDATE_FIELDS if name in self._searches[home].space.params]
-        changes = {name: known[name] for name in ("coefficients", *chosen)}
-        return trial_config(self._searches[to].config, changes, rule=known["rule"], seed=seed)
+        known, params = row["config"], Space.from_dict(self._found[home].config.space).params
+        changes = {name: known[name] for name in ("coefficients", *(n for n in UPDATE_FIELDS if n in params))}
+        return trial_config(self._found[to].config, changes, rule=known["rule"], seed=seed)
+
+    def _best_moved(self, home: Wanted, away: Wanted) -> list[TrialConfig]:
+        """The best of home elsewhere, with the fresh seeds there."""
+        best = best_trial(self._found[home].searched)
+        seeds = confirm_seeds(self._found[away].config)
+        return [] if best is None else [self._moved(best, home, away, seed) for seed in seeds]
 
     def _uid(self, config: TrialConfig, *, read_test: bool) -> str:
-        return f"{self.name}-{digest([config.identity(), read_test, self._place.key])}"
+        return f"{self._config.name}-{digest([config.identity(), read_test, self._key])}"
 
     def _planned(self, config: TrialConfig, *, read_test: bool = False) -> dict[str, Planned]:
         uid = self._uid(config, read_test=read_test)
@@ -177,82 +170,131 @@ class Transfer(Follower):
             return {}
         return {uid: Planned(config=config, kind="transfer", options={"read_test": True} if read_test else {})}
 
-    def _run_of(self, config: TrialConfig, *, read_test: bool = False) -> Row | None:
-        uid = self._uid(config, read_test=read_test)
-        return self._had.get(uid) or self._row_of(uid)
-
     def _carried(self, source: Wanted) -> list[Row]:
         """The source's best and more of its configurations, spread over its space; none if nothing finished there."""
-        best = self._best(source)
+        found = self._found[source]
+        best = best_trial(found.searched)
         if best is None:
             return []
-        searched = sorted(self._found[source].searched, key=lambda row: row["uid"])  # not as they came to an end
+        searched = sorted(found.searched, key=lambda row: row["uid"])  # not as they came to an end
         rows = [row for row in searched if row["status"] != "failed"]
         first = next((i for i, row in enumerate(rows) if same_setting(row, best)), 0)
-        points = [position(self._searches[source].space, row["config"]) for row in rows]
+        space = Space.from_dict(found.config.space)
+        points = [position(space, row["config"]) for row in rows]
         return [rows[i] for i in spread_out(points, first, self._config.configs + 1)]
 
-    def _best(self, wanted: Wanted) -> Row | None:
-        """The best trial of a search, which is what it confirmed."""
-        return best_trial(self._found[wanted].searched) if wanted in self._found else None
-
     # --- what is known
+
+    def pairs(self, known: Mapping[str, Row]) -> list[Pair]:
+        """Each route with its runs. ``known``: the last row of each of this plan's runs, by the uid of the first."""
+        return [self._pair(route, {**known, **self._had}) for route in self._routes]
+
+    def _pair(self, route: Route, known: Mapping[str, Row]) -> Pair:
+        def confirmed(home: Wanted, away: Wanted) -> list[Row]:
+            uids = [self._uid(config, read_test=True) for config in self._best_moved(home, away)]
+            return [known[uid] for uid in uids if uid in known]
+
+        source, target = self._found[route.source], self._found[route.target]
+        ours, theirs = best_trial(source.searched), best_trial(target.searched)
+        return Pair(
+            rule=route.source.rule,
+            space=route.source.space,
+            source=route.source.arch,
+            target=route.target.arch,
+            carried=list(self._carried_rows(route, known)),
+            native=_of_best(target),
+            moved=confirmed(route.source, route.target),
+            home=_of_best(source),
+            back=confirmed(route.target, route.source),
+            reference=[row for row in target.controls if row["config"]["rule"] == REFERENCE],
+            chance=target.data.chance,
+            examples=target.data.examples["val"],
+            same=bool(ours and theirs and same_setting(ours, theirs)),
+        )
+
+    def _carried_rows(self, route: Route, known: Mapping[str, Row]) -> Iterator[Carried]:
+        for row in self._carried(route.source):
+            there, away = (
+                known.get(self._uid(self._moved(row, route.source, to), read_test=False))
+                for to in (route.source, route.target)
+            )
+            home = there if row["status"] == "stopped" else row
+            if home is not None:
+                yield Carried(home=home, away=away)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of what lies in this folder and in those of its searches."""
+    config = TransferConfig.from_dict(read_config(folder / BOOK))
+    searches = read_searches(folder.parent, searches_of(routes_of(config)))
+    return summarize(config, searches, read_rows(folder / "rows.jsonl"))
+
+
+def summarize(config: TransferConfig, searches: Mapping[Wanted, Searched], rows: Iterable[Row]) -> dict[str, Any]:
+    """What `bench.transfer_summary` makes of the searches that are complete, and of the transfer's own rows.
+
+    ``missing``: the names of the searches that are not there, if any.
+    """
+    plan, filed = Plan(config, searches), {row["uid"]: row for row in rows}
+    tried = {uid: attempts(uid, filed)[:-1] for uid in (*plan.runs, *filed)}
+    known = {uid: filed[names[-1]] for uid, names in tried.items() if names}
+    runs = [known[uid]["status"] for uid in plan.runs if uid in known]
+    budget = next(iter(searches.values())).config
+    wanted = set(searches_of(routes_of(config)))
+    missing = sorted({w.name for w in wanted} - {w.name for w in searches})
+    return {
+        "study": config.name,
+        "dataset": config.dataset,
+        "trials": budget.trials,
+        "epochs": budget.epochs,
+        "configs": config.configs,
+        "complete": wanted <= {w for w, found in searches.items() if found.complete}
+        and len(runs) == len(plan.runs)
+        and "failed" not in runs,
+        "runs": {status: runs.count(status) for status in ("finished", "diverged", "failed")},
+        **summarize_transfer(plan.pairs(known)),
+        **({"missing": missing} if missing else {}),
+    }
+
+
+class Transfer(Follower):
+    """The runs of one transfer beside its searches, and the keeper of its rows."""
+
+    def __init__(self, prepared: Prepared, tracker: Recorder, rows: RowFile) -> None:
+        super().__init__(prepared.config.name, prepared.place, tracker, {"transfer": rows})
+        self._config = prepared.config
+        self._searches = {w: Searched(config=r.config, data=r.place.data) for w, r in prepared.searches.items()}
+        self._runs: dict[str, Planned] = {}
+
+    def learned(self, found: Searched) -> None:
+        for known in (*found.confirmed, *found.controls):
+            self._tracker.record(known["uid"], known["kind"], known)
+        wanted = next(w for w, search in self._searches.items() if search.config.name == found.config.name)
+        self._searches[wanted] = found
+        self._runs = Plan(self._config, self._searches).runs
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to run, as far as the searches are known."""
+        return not any(self._open(self._runs))
+
+    def next(self) -> Task | Wait | None:
+        for uid, planned in self._open(self._runs):
+            return self._task(uid, planned.with_options(checkpoint=location(self._checkpoint(uid))))
+        return WAIT if self._running else None
 
     def record_known(self) -> None:
         """Tell MLflow what an earlier start left as rows."""
         for known in self._done.values():
             self._tracker.record(known["uid"], known["kind"], known)
 
-    def summary(self, *, over: bool) -> dict[str, Any]:
-        """What `bench.transfer_summary` makes of it; ``over``: whether all searches are."""
-        runs = [row["status"] for row in self._rows_of(self._plans)]
-        budget = next(iter(self._searches.values())).config
-        return {
-            "study": self.name,
-            "dataset": self._config.dataset,
-            "trials": budget.trials,
-            "epochs": budget.epochs,
-            "configs": self._config.configs,
-            "complete": over and self.complete and not self._running,
-            "runs": {status: runs.count(status) for status in ("finished", "diverged", "failed")},
-            **summarize_transfer([self._pair(r) for r in self._routes if {r.source, r.target} <= set(self._found)]),
-        }
-
-    def _pair(self, route: Route) -> Pair:
-        source, target = self._found[route.source], self._found[route.target]
-        place = target.ready.place
-        ours, theirs = self._best(route.source), self._best(route.target)
-        return Pair(
-            rule=route.source.rule,
-            space=route.source.space,
-            source=route.source.arch,
-            target=route.target.arch,
-            carried=list(self._carried_rows(route)),
-            native=_of_best(target),
-            moved=self._confirmed_elsewhere(route.source, route.target),
-            home=_of_best(source),
-            back=self._confirmed_elsewhere(route.target, route.source),
-            reference=[row for row in target.controls if row["config"]["rule"] == REFERENCE],
-            chance=place.chance,
-            examples=place.examples["val"],
-            same=bool(ours and theirs and same_setting(ours, theirs)),
-        )
-
-    def _carried_rows(self, route: Route) -> Iterator[Carried]:
-        for row in self._carried(route.source):
-            home = self._run_of(self._moved(row, route.source, route.source)) if row["status"] == "stopped" else row
-            if home is not None:
-                yield Carried(home=home, away=self._run_of(self._moved(row, route.source, route.target)))
-
-    def _confirmed_elsewhere(self, home: Wanted, away: Wanted) -> list[Row]:
-        best = self._best(home)
-        seeds = confirm_seeds(self._searches[away].config) if best is not None else []
-        rows = [self._run_of(self._moved(best, home, away, seed), read_test=True) for seed in seeds if best is not None]
-        return [row for row in rows if row is not None]
+    def summary(self) -> dict[str, Any]:
+        """What is known by now."""
+        return summarize(self._config, self._searches, self._done.values())
 
     def render(self) -> str:
         """The live display: a line for the whole, and one for each run under way."""
-        done, whole = self._settled(self._plans), len(self._plans)
+        done, whole = self._settled(self._runs), len(self._runs)
         line = f"carried over: {done}/{whole} runs · {self._time(whole - done)}"
         return "\n".join([line, *self._lines()])
 
@@ -308,9 +350,7 @@ def transfer(
         with Programme(config.name, list(prepared.searches.values()), say=say, then=source) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)
-            ended = [found for found in programme.found.values() if found.complete]
-            over = len(ended) == len(prepared.searches)
-            summary = {**source.summary(over=over), "busy": programme.busy}
+            summary = {**source.summary(), "busy": programme.busy}
         return outcome, conclude(
-            tracker, folder, BOOK, summary, headline=headlines.transfer(summary), page=transfer_page, end=outcome
+            tracker, folder, BOOK, summary, headline=transfer_summary.headline(summary), page=transfer_page, end=outcome
         )

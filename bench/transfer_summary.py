@@ -304,3 +304,21 @@ def _versus_next(ours: Mapping[str, Any], theirs: Mapping[str, Any], regrets: Ma
     common = [key for key in sides[0] if key in sides[1]]
     found = versus(*(mean_by_seed([side[key] for key in common]) for side in sides))
     return found and {**found, "pairs": len(common), "verdict": REGRETS[found["verdict"]]}
+
+
+# --- its numbers in MLflow
+
+
+def headline(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Regrets, rank correlations and lost shares, by pair."""
+    found = {}
+    for pair in summary["pairs"]:
+        where = f"{pair['rule']} {pair['space']}/{pair['source']} to {pair['target']}"
+        for metric, regret in pair["regret"].items():
+            if regret:
+                found[f"{where}/regret_{metric}"] = regret["mean"]
+        if pair["rank"]["rho"] is not None:
+            found[f"{where}/rank_correlation"] = pair["rank"]["rho"]
+        if pair["lost"]["of"]:
+            found[f"{where}/lost_share"] = pair["lost"]["share"]
+    return found

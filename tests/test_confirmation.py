@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench import headlines
 from bench.cli import main
 from bench.config import TrialConfig, UserError
-from bench.confirmation import FIRST_SEED, ConfirmationConfig, confirm, prepare, read, summarize
+from bench.confirmation import FIRST_SEED, ConfirmationConfig, confirm, headline, prepare, read, summarize
 from bench.place import Options
 from bench.rows import RowFile, last_attempts
 from bench.statistics import versus
@@ -72,7 +71,7 @@ def test_differences_are_paired_by_seed(stage: Callable[[Formula], Stage], tmp_p
     assert (fast["test_acc_versus_first"]["verdict"], fast["test_acc_versus_first"]["n"]) == ("worse", 3)
     assert sign["test_acc_versus_first"]["verdict"] == "not distinguishable"
     assert found["notes"] == []  # nothing was searched, and nothing is unequal but what is compared
-    assert headlines.confirmation(found)["fast/versus_first"] == fast["test_acc_versus_first"]["mean"]
+    assert headline(found)["fast/versus_first"] == fast["test_acc_versus_first"]["mean"]
 
 
 def test_a_diverged_training_counts_at_chance(stage: Callable[[Formula], Stage], tmp_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_it_goes_on_and_takes_more_seeds(stage: Callable[[Formula], Stage], tmp_
     world = stage(lambda _: 0.8)
     world.stop_after = 4
     outcome, found = run(tmp_path)
-    assert (outcome, found["complete"], headlines.confirmation(found)) == ("interrupted", False, {})
+    assert (outcome, found["complete"], headline(found)) == ("interrupted", False, {})
     world.stop_after = None
     assert run(tmp_path)[1]["complete"]
     assert len(world.runs) == 9

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.replay import matrix_again, transfer_again
+from bench import matrix, transfer
 from bench.space_files import space_folder
 from mlflow_book import Book
 from rehearsal import rows
@@ -106,8 +106,8 @@ def test_a_matrix_and_then_a_transfer_that_reuses_one_of_its_searches(tmp_path: 
 
     # again from the rows alone: the same numbers, and their pages
     results = tmp_path / "results"
-    assert told(matrix_again(results / "matrix-lenet-digits")) == told(found)
-    assert told(transfer_again(results / "transfer-lenet-to-resnet20-digits")) == told(moved)
+    assert told(matrix.read_summary(results / "matrix-lenet-digits")) == told(found)
+    assert told(transfer.read_summary(results / "transfer-lenet-to-resnet20-digits")) == told(moved)
 
     # regret by hand, from the rows: the target's own best against the source's best there
     own = rows(tmp_path / "results" / "transfer-lenet-to-resnet20-digits" / "rows.jsonl")

@@ -11,8 +11,8 @@ import pytest
 
 from bench.config import StudyConfig, TrialConfig, TrialResult, UserError
 from bench.files import write_yaml
-from bench.journal import BOOKS
-from bench.reading import KINDS, Found, config_of, find, pick, read_controls, read_search, search_summary
+from bench.kinds import KINDS, StudyKind
+from bench.reading import Found, config_of, find, pick, read_controls, read_search, search_summary
 from bench.rows import Row, RowFile, row
 from bench.summary import table_rows
 
@@ -60,8 +60,11 @@ def uids(rows: Any) -> list[str]:
 # --- what there is ---------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_book_is_known() -> None:
-    assert set(KINDS) == set(BOOKS)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_has_all_its_functions(name: str) -> None:
+    kind = KINDS[name]
+    for part in ("read", "page", "line", "headline", *(("curves",) if kind.curves else ())):
+        assert callable(kind.load(part)), part
 
 
 def test_all_studies_are_found_by_name_and_nothing_else(tmp_path: Path) -> None:
@@ -237,11 +240,11 @@ def test_a_line_that_is_being_written_is_no_row_yet_and_a_damaged_book_is_said(t
         read_search(found)
 
 
-@pytest.mark.parametrize("book", sorted(set(BOOKS) - {"study.yaml"}))
-def test_another_kind_of_study_is_sent_to_its_report(tmp_path: Path, book: str) -> None:
-    write_yaml(tmp_path / "a" / book, {"id": "1"})
+@pytest.mark.parametrize("kind", [kind for name, kind in KINDS.items() if name != "search"])
+def test_another_kind_of_study_is_sent_to_its_report(tmp_path: Path, kind: StudyKind) -> None:
+    write_yaml(tmp_path / "a" / kind.manifest, {"id": "1"})
     (found,) = find(tmp_path)
-    with pytest.raises(UserError, match=f"a is {BOOKS[book]}, not a search; bench report a makes its page"):
+    with pytest.raises(UserError, match=f"a is {kind.what}, not a search; bench report a makes its page"):
         read_search(found)
 
 

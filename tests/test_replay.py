@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from bench import matrix, robustness_points, transfer
 from bench.config import UserError
 from bench.pages.transfer import transfer_page
-from bench.replay import matrix_again, robustness_again, transfer_again
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 MATRIX = PUBLISHED / "matrix-resnet18-digits" / "matrix-resnet18-digits-normalized-centered"
@@ -32,7 +32,7 @@ def printed(folder: Path) -> dict[str, Any]:
 
 
 def test_a_matrix_again_is_what_it_was() -> None:
-    again = json.loads(json.dumps(matrix_again(MATRIX)))
+    again = json.loads(json.dumps(matrix.read_summary(MATRIX)))
     for line in (line for arch in again["archs"].values() for line in arch["table"]):
         assert line.pop("floor_angle", None) is None  # the release that ran it did not measure the floor
     assert again == printed(MATRIX)
@@ -40,7 +40,7 @@ def test_a_matrix_again_is_what_it_was() -> None:
 
 
 def test_a_transfer_again_is_what_it_was() -> None:
-    again = json.loads(json.dumps(transfer_again(TRANSFER)))
+    again = json.loads(json.dumps(transfer.read_summary(TRANSFER)))
     assert again["complete"]
     for pair in again["pairs"]:  # older releases did not keep them in the summary
         points = pair["rank"].pop("points")
@@ -53,7 +53,7 @@ def test_a_transfer_again_is_what_it_was() -> None:
 
 def test_a_measurement_again_has_the_grid_of_its_last_command() -> None:
     """Rows at σ = 0.5 and 32 are of another grid; the numbers are those of the README's table."""
-    found = robustness_again(ROBUSTNESS)
+    found = robustness_points.read_summary(ROBUSTNESS)
     (site,) = found["sites"]
     assert (found["complete"], site["levels"]) == (True, [1, 2, 4, 8, 16])
     assert (sum(found["runs"].values()), found["other_levels"]) == (120, 24)
@@ -66,7 +66,7 @@ def test_a_measurement_again_has_the_grid_of_its_last_command() -> None:
 def test_a_matrix_whose_searches_are_not_all_there_is_not_complete(tmp_path: Path) -> None:
     copy = shutil.copytree(MATRIX.parent, tmp_path / "results")
     shutil.rmtree(copy / "amp-resnet18-digits-normalized-centered")
-    found = matrix_again(copy / MATRIX.name)
+    found = matrix.read_summary(copy / MATRIX.name)
     assert not found["complete"]
     assert found["archs"]["resnet18"]["subsets"]["measured"] == 30
 
@@ -74,7 +74,7 @@ def test_a_matrix_whose_searches_are_not_all_there_is_not_complete(tmp_path: Pat
 def test_a_transfer_names_the_searches_that_are_not_there(tmp_path: Path) -> None:
     copy = shutil.copytree(TRANSFER.parent, tmp_path / "results")
     shutil.rmtree(copy / "mirror-resnet50-digits")
-    found = transfer_again(copy / TRANSFER.name)
+    found = transfer.read_summary(copy / TRANSFER.name)
     assert (found["complete"], found["missing"]) == (False, ["mirror-resnet50-digits-reference"])
     assert {(p["rule"], p["space"]) for p in found["pairs"]}.isdisjoint({("mirror", "reference")})
     page = transfer_page(found)
@@ -84,10 +84,10 @@ def test_a_transfer_names_the_searches_that_are_not_there(tmp_path: Path) -> Non
 def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
     alone = shutil.copytree(MATRIX, tmp_path / "results" / MATRIX.name)
     with pytest.raises(UserError, match="none of this plan's searches is there"):
-        matrix_again(alone)
+        matrix.read_summary(alone)
     (alone / "matrix.yaml").write_text("config: 3\n")
     with pytest.raises(UserError, match=r"matrix\.yaml is damaged"):
-        matrix_again(alone)
+        matrix.read_summary(alone)
 
 
 def test_a_report_cannot_start_a_run(tmp_path: Path) -> None:

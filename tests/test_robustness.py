@@ -23,9 +23,9 @@ from bench.noise import ADDED_UP
 from bench.place import Options
 from bench.present import print_robustness
 from bench.probe import digest_of, run_probe
-from bench.replay import robustness_again
 from bench.robustness import Ready, Robustness, measure, prepare_measurement
 from bench.robustness_plan import Plan, RobustnessConfig
+from bench.robustness_points import read_summary
 from bench.rows import RowFile
 from bench.train import evaluate
 from bench.trial import run_trial
@@ -412,7 +412,7 @@ def test_a_measurement_from_end_to_end(tmp_path: Path) -> None:
             assert sorted(points) == [(round(level * 1e6), pytest.approx(acc["mean"])) for level, acc in wanted]
     kept = {"robustness.yaml", "rows.jsonl", "summary.json", "report.html"}
     assert book.files(parent) == {*kept, "update.svg", "input.svg", "fgsm.svg"}
-    from_rows = json.loads(json.dumps(robustness_again(folder)))
+    from_rows = json.loads(json.dumps(read_summary(folder)))
     assert from_rows == {key: found[key] for key in from_rows}
 
     # the same again runs nothing, and says nothing twice

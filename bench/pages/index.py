@@ -6,20 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
+from bench.kinds import KINDS
 from bench.looks import look
 from bench.pages.matrix_points import NEUTRAL, cut, percent, said, seeds
 from bench.pages.parts import Absent, Cell, Figure, Link, Page, Part, Section, Table, plot, whiskers
-
-KINDS = ("search", "robustness", "transfer", "matrix", "confirmation")
-PLURALS = {
-    "search": "Searches",
-    "robustness": "Robustness",
-    "transfer": "Transfers",
-    "matrix": "Matrices",
-    "confirmation": "Confirmations",
-}
 
 COLUMNS = ("study", "what", "result", "complete", "budget", "runs", "file changed")
 
@@ -45,7 +37,7 @@ class Entry:
     """
 
     name: str
-    kind: Literal["search", "robustness", "transfer", "matrix", "confirmation"]
+    kind: str
     href: str | None
     what: str
     budget: str
@@ -77,7 +69,7 @@ def index_page(entries: Sequence[Entry]) -> Page:
         kind="index",
         facts={
             "studies": str(len(entries)),
-            **{PLURALS[kind].lower(): str(len(some)) for kind, some in by_kind.items() if some},
+            **{KINDS[kind].plural.lower(): str(len(some)) for kind, some in by_kind.items() if some},
             "not complete": str(sum(not entry.complete for entry in entries)),
             "file changed": max(entry.when for entry in entries),
         },
@@ -87,7 +79,7 @@ def index_page(entries: Sequence[Entry]) -> Page:
 
 def _section(kind: str, entries: Sequence[Entry]) -> Section:
     parts = [*(_accuracies(entries) if kind == "search" else ()), _table(kind, entries)]
-    return Section(title=PLURALS[kind], parts=parts)
+    return Section(title=KINDS[kind].plural, parts=parts)
 
 
 def _table(kind: str, entries: Sequence[Entry]) -> Table:
@@ -105,7 +97,7 @@ def _table(kind: str, entries: Sequence[Entry]) -> Table:
         )
         for entry in sorted(named, key=lambda entry: entry.when, reverse=True)
     ]
-    return Table(title=f"{PLURALS[kind]}, newest first", columns=COLUMNS, rows=rows, texts=len(COLUMNS))
+    return Table(title=f"{KINDS[kind].plural}, newest first", columns=COLUMNS, rows=rows, texts=len(COLUMNS))
 
 
 def _whole(text: str) -> str:
