@@ -12,15 +12,16 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.config import TrialConfig, UserError
+from bench.config import TrialConfig, UserError, fields_model, validate
 from bench.disk import DiskError, on_disk
+from bench.files import written_whole
 from bench.optimizers import laid_out_as
 from bench.remote_results import RemoteAwayError, RemotePath, in_background, is_uri, log, settle, write_later
 
@@ -73,16 +74,8 @@ def write_checkpoint(
         write_later(path, whole.getbuffer(), f"epoch {epoch} of this run")
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with on_disk(path):
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        with suppress(OSError):  # on a disk that takes no change; the next start sweeps
-            temporary.unlink(missing_ok=True)
+    with on_disk(path), written_whole(path, temporary) as file:
+        torch.save(state, file)
 
 
 def settle_checkpoint(path: File) -> None:
@@ -150,8 +143,12 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
         raise UserError(f"{path} is not a checkpoint of bench: it has no {', '.join(sorted(missing))}.")
     for name, absent in (("code", []), ("feedback_optimizer", {})):  # older releases did not say
         state.setdefault(name, absent)
-    if wrong := [name for name, fits in _FITS.items() if not fits(state[name])]:
-        raise UserError(f"{path} is not a checkpoint of bench: its {wrong[0]} is of another kind; remove it.")
+    try:
+        validate("", _model(), state)
+    except UserError as error:
+        raise UserError(f"{path} is not a checkpoint of bench ({error}); remove it.") from error
+    if [epoch.get("epoch") for epoch in state["history"]] != list(range(1, 1 + len(state["history"]))):
+        raise UserError(f"{path} is damaged: its history's epochs are not 1, 2, 3, …; remove it.")
     if len(state["history"]) != state["epoch"]:
         raise UserError(
             f"{path} is damaged: {state['epoch']} epochs, {len(state['history'])} in its history; remove it."
@@ -194,33 +191,13 @@ def _is_over(name: str, over: Callable[[str], bool]) -> bool:
     return named is not None and over(named[1])
 
 
-def _is_history(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(epoch, dict)
-        and epoch.get("epoch") == number
-        and all(isinstance(name, str) and isinstance(each, int | float) for name, each in epoch.items())
-        for number, epoch in enumerate(value, 1)
-    )
-
-
-def _is_code(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(each, dict)
-        and all(isinstance(name, str) and isinstance(said, str | None) for name, said in each.items())
-        for each in value
-    )
-
-
-#: What is not looked at elsewhere before it is used.
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "config": lambda value: isinstance(value, dict),
-    "epoch": lambda value: type(value) is int and value >= 0,
-    "history": _is_history,
-    "model": lambda value: isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()),
-    "optimizer": lambda value: isinstance(value, dict),
-    "feedback_optimizer": lambda value: isinstance(value, dict),
-    "code": _is_code,
-}
+@cache
+def _model() -> Any:
+    """What is not looked at elsewhere before it is used, as pydantic has it."""
+    history = list[dict[str, float]]
+    fields = {"config": dict[Any, Any], "epoch": int, "history": history, "model": dict[Any, torch.Tensor]}
+    fields |= {"optimizer": dict[Any, Any], "feedback_optimizer": dict[Any, Any], "code": list[dict[str, str | None]]}
+    return fields_model("checkpoint", {name: (kind, ...) for name, kind in fields.items()})
 
 
 def load_weights(path: File, model: nn.Module, weights: Mapping[str, Any]) -> None:

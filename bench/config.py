@@ -15,10 +15,10 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 #: The five primitives of Kunin et al. 2020, in the canonical order (design: decay, amp, null, sparse, self).
 PRIMITIVE_NAMES = ("decay", "amp", "null", "sparse", "self")
@@ -94,65 +94,58 @@ def unknown(what: str, given: str, valid: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {given!r}.{hint} Valid: {', '.join(names)}.")
 
 
-def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the field's declared type, or a UserError. Integers pass for floats, nothing else is cast."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(owner, name, value, next(a for a in arguments if a is not type(None)))
-    if origin is Literal:
-        if value not in arguments:
-            raise _wrong(owner, name, value, kind)
-        return value
-    if origin in (tuple, list):
-        if not isinstance(value, (list, tuple)):
-            raise _wrong(owner, name, value, kind)
-        return origin(_convert(owner, name, v, arguments[0]) for v in value)
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise _wrong(owner, name, value, kind)
-        return {k: _convert(owner, f"{name}.{k}", v, arguments[1]) for k, v in value.items()}
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and issubclass(kind, Strict):
-        return value if isinstance(value, kind) else kind.from_dict(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise UserError(f"{owner}: {name} is too large a number; it must fit a float.") from error
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str) and is_text(value)):
-        return value
-    raise _wrong(owner, name, value, kind)
+@functools.cache
+def _model(cls: type[Strict]) -> Any:
+    """The pydantic model of a class's fields, made when it is first needed: `bench --help` imports no pydantic."""
+    return fields_model(cls.__name__, {name: (kind, ...) for name, kind in typing.get_type_hints(cls).items()})
 
 
-def _wrong(owner: str, name: str, value: Any, kind: Any) -> UserError:
-    return UserError(f"{owner}: {name} must be {_describe(kind)}, not {value!r}.")
+def fields_model(name: str, fields: Mapping[str, tuple[Any, Any]], narrower: Mapping[type, Any] = {}) -> Any:
+    """A pydantic model of fields, each (type, default): nothing is cast, but a list passes for a tuple, as in JSON.
+
+    ``narrower``: by type, what its values must be wherever it stands.
+    """
+    import pydantic
+
+    def lenient(kind: Any) -> Any:
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin in (typing.Union, types.UnionType):
+            return typing.Union[tuple(map(lenient, arguments))]  # noqa: UP007  (made of a list)
+        if origin in (tuple, list, dict):
+            return Annotated[origin[tuple(map(lenient, arguments))], pydantic.Strict(strict=False)]
+        if isinstance(kind, type) and issubclass(kind, Strict):
+            read = lambda value: value if isinstance(value, kind) else kind.from_dict(value)  # noqa: E731
+            return Annotated[Any, pydantic.PlainValidator(read)]
+        return leaves.get(kind, kind) if isinstance(kind, type) else kind
+
+    # a text with a bound is checked for halves of characters
+    leaves = {str: Annotated[str, pydantic.Field(min_length=0)], **narrower}
+    config = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
+    typed: dict[str, Any] = {key: (lenient(kind), default) for key, (kind, default) in fields.items()}
+    return pydantic.create_model(name, __config__=config, **typed)
 
 
-#: The declared types of a dataclass's fields: evaluating their text anew for each trial would take milliseconds.
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+def validate(owner: str, model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as the model has them; UserError for the first that is wrong. ``owner`` begins its line."""
+    from pydantic import ValidationError
+
+    try:
+        found = model.model_validate(values)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+    else:
+        return dict(vars(found))
+    if isinstance(cause := wrong.get("ctx", {}).get("error"), UserError):
+        raise cause
+    place = owner + ".".join(map(str, wrong["loc"]))
+    if wrong["type"] == "missing":
+        raise UserError(f"{place} is missing.")
+    raise UserError(f"{place} must{wrong['msg'].partition(' should')[2]}, not {wrong['input']!r}.")
 
 
 def is_text(value: str) -> bool:
     """Whether it can be written as UTF-8; a file's name, or JSON, may hold halves of characters."""
     return re.search("[\ud800-\udfff]", value) is None
-
-
-def _describe(kind: Any) -> str:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) for a in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else _describe(a) for a in arguments)
-    if origin in (tuple, list):
-        return f"a list of {_describe(arguments[0])}"
-    if origin in (dict, Mapping):
-        return f"a mapping of names to {_describe(arguments[1])}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
 
 
 class Strict:
@@ -167,29 +160,24 @@ class Strict:
         """The configuration with these values; a missing key takes its default, an unknown one is refused."""
         if not isinstance(values, Mapping):
             raise UserError(f"{cls.__name__}: expected a mapping of keys to values, not {values!r}.")
-        hints = _hints(cls)
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        names = {f.name for f in fields}
         for key in values:
-            if key not in cls.field_names():
-                raise unknown(f"key of {cls.__name__}", str(key), cls.field_names())
-        required = [
-            f.name
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        if missing := [name for name in required if name not in values]:
+            if key not in names:
+                raise unknown(f"key of {cls.__name__}", str(key), names)
+        free = {f.name for f in fields if (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)}
+        if missing := [f.name for f in fields if f.name not in free and f.name not in values]:
             raise UserError(f"{cls.__name__}: missing {', '.join(missing)}.")
-        return cls(**{k: _convert(cls.__name__, k, v, hints[k]) for k, v in values.items()})
+        return cls(**values)
 
-    def _settle(self) -> None:
+    def __post_init__(self) -> None:
         """Give every field its declared type, so that equal configurations have one digest; UserError otherwise."""
-        hints = _hints(type(self))
-        for name in self.field_names():
-            value = _convert(type(self).__name__, name, getattr(self, name), hints[name])
+        for name, value in validate(f"{type(self).__name__}: ", _model(type(self)), vars(self)).items():  # type: ignore[arg-type]
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings; ``from_dict`` of it is equal to this."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+        plain: dict[str, Any] = json.loads(json.dumps(vars(self), default=vars))
         return plain
 
     def replace(self, **changes: Any) -> Self:
@@ -203,8 +191,7 @@ class Strict:
         """
         plain = self.to_dict()
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        usual = {f.name: json.loads(json.dumps(f.default)) for f in fields if f.default is not dataclasses.MISSING}
-        return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
+        return {f.name: plain[f.name] for f in fields if getattr(self, f.name) != f.default}
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name this configuration."""
@@ -254,7 +241,7 @@ class CoefficientSchedule(Strict):
     rate: float = 0.0
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         who = "coefficient schedule"
         check_range(who, "start", self.start, 0, 1)
         check_range(who, "stop", self.stop, 0, 1)
@@ -353,7 +340,7 @@ class TrialConfig(Strict):
     noise_draws: int = 1
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         who = "configuration"
         for name in self.coefficients:
             if name not in PRIMITIVE_NAMES:
@@ -495,7 +482,7 @@ class StudyConfig(Strict):
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         check_range("study", "trials", self.trials, 1, 10**6)
         check_range("study", "epochs", self.epochs, 1, 10**6)
         check_range("study", "confirm_seeds", self.confirm_seeds, 0, 1000)

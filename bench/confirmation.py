@@ -34,7 +34,7 @@ class ConfirmationConfig(Strict):
     seeds: int = 5
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         check_range("confirmation", "seeds", self.seeds, 1, 1000)
         if len(self.by_digest()) < len(self.configs) or len(self.configs) < 2:
             raise UserError("confirmation: name two or more configurations that differ in more than the seed.")

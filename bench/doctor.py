@@ -5,7 +5,6 @@ Reads, and changes nothing. Linux is known best; what another system does not sh
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from bench.check import Check, Status
 from bench.config import UserError
+from bench.files import is_taken
 from bench.provenance import usable_cores
 from bench.remote_results import RemotePath, local_folder
 
@@ -330,21 +330,13 @@ def _is_python(process: Path) -> bool:
 
 def check_folders(temporary: Path) -> Check:
     """Folders of runs that were killed. A living run holds the lock of its own (bench.processes.scratch_folder)."""
-    left = sorted(owner.parent for owner in temporary.glob("bench-*/owner") if _unlocked(owner))
+    owners = [owner for owner in temporary.glob("bench-*/owner") if os.access(owner, os.W_OK)]
+    left = sorted(owner.parent for owner in owners if not is_taken(owner))
     if not left:
         return Check(name="folders", status="ok", detail=f"no leftovers in {temporary}")
     detail = f"{len(left)} left by killed runs in {temporary}; the next search removes them"
     remedy = "rm -r " + " ".join(map(str, left))
     return Check(name="folders", status="warn", detail=detail, remedy=remedy)
-
-
-def _unlocked(path: Path) -> bool:
-    try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError, PermissionError):  # held, gone this moment, or another user's
-        return False
-    return True
 
 
 def _gib(size: float) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -119,19 +120,11 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all: a reader, or a crash, sees the old text or the new one.
-
-    The folder is made if it is missing. UserError if the file cannot be written; the old one is then intact.
-    """
+    """Write a file by `written_whole`, and its folder if it is missing. UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path) as temporary:
-            with temporary.open("xb") as file:
-                file.write(content if isinstance(content, bytes) else content.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        _sync_folder(path.parent)
+        with written_whole(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")) as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}. Free space there, or choose another folder."
@@ -139,13 +132,47 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """An unused name in the same folder (a rename is atomic within one file system only), gone afterwards."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def written_whole(path: Path, temporary: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name ``path`` when the block ends well: a reader, or a crash, sees the old one or this.
+
+    ``temporary``: its name until then, in the same folder; nothing of it is left if the block fails.
+    """
     try:
-        yield temporary
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that takes no change
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait. The lock goes with its process, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def take(file: int | IO[Any], *, shared: bool = False) -> bool:
+    """Lock an open file until it is closed, without waiting; False if another process has it."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a living process holds the lock of a file: not of one that is missing, or of another user's."""
+    try:
+        with path.open("r+b") as file:
+            return not take(file)
+    except (FileNotFoundError, PermissionError):
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 
 from bench.check import Check
 from bench.config import UserError
 from bench.filed import Filed, read_filed
+from bench.files import is_taken
 from bench.reading import Found, find
 
 #: So many names stand in one finding.
@@ -27,7 +27,7 @@ def check_studies(studies: list[Found]) -> Check:
     """Studies that are not complete and that no driver is at work on, and damaged ones."""
     unfinished, damaged = [], []
     for found in studies:
-        if _is_claimed(found.folder):
+        if is_taken(found.folder / "lock"):
             continue
         try:
             filed = read_filed(found)
@@ -59,7 +59,7 @@ def _some(words: list[str]) -> str:
 def check_torn(studies: list[Found]) -> Check:
     """Rows and journals whose last line was not written to its end, of studies that nobody writes to now."""
     files = [found.folder / name for found in studies for name in ("rows.jsonl", "journal.log")]
-    torn = [str(path) for path in files if not _is_claimed(path.parent) and _is_torn(path)]
+    torn = [str(path) for path in files if not is_taken(path.with_name("lock")) and _is_torn(path)]
     if torn:
         remedy = "nothing need be done: the study's next start cuts that line off, and says so"
         return Check(name="torn files", status="warn", detail=f"last line torn: {_some(torn)}", remedy=remedy)
@@ -74,15 +74,3 @@ def _is_torn(path: Path) -> bool:
             return size > 0 and file.read(1) != b"\n"
     except FileNotFoundError:
         return False
-
-
-def _is_claimed(folder: Path) -> bool:
-    """Whether a living process has the study."""
-    try:
-        with (folder / "lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (FileNotFoundError, PermissionError):  # nobody ever had it; another user's, who alone can go on with it
-        return False
-    return False

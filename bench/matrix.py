@@ -48,7 +48,7 @@ class MatrixConfig(Strict):
     any: bool = False
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         subsets(self.primitives)
         if self.any and set(self.primitives) != set(PRIMITIVE_NAMES):
             raise UserError("--any searches all five primitives: leave --primitives out, or --any.")

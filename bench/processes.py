@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from bench.config import UserError
+from bench.files import take
 
 #: Ray names its sockets FOLDER/session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store: up to 66 characters
 #: on top of the folder, and the path of a socket may have 103 (macOS; 107 on Linux).
@@ -90,7 +90,7 @@ def scratch_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
     owner = os.open(folder / _OWNER, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take(owner)
         yield folder
     finally:
         _remove(folder)
@@ -118,11 +118,8 @@ def _remove_abandoned(root: Path) -> None:
         except OSError:  # another user's, or removed this moment: not ours to remove
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            _remove(owner.parent)
+            if take(descriptor):
+                _remove(owner.parent)
         finally:
             os.close(descriptor)
 

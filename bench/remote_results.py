@@ -12,7 +12,6 @@ environment. pyarrow is imported when a URI is first opened.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import UserError, one_line
-from bench.files import write_atomic
+from bench.files import take, write_atomic
 
 Say = Callable[[str], None]
 
@@ -281,12 +280,7 @@ def _locked(path: Path) -> Iterator[bool]:
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder.") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield take(file)
 
 
 class RemoteResults:

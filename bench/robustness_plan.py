@@ -71,7 +71,7 @@ class RobustnessConfig(Strict):
     first_seed: int = FIRST_MEASURE_SEED
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         if not self.levels:
             raise UserError(f"robustness: nothing to measure; name sites or attacks: {', '.join([*SITES, *ATTACKS])}.")
         for site, levels in self.levels.items():

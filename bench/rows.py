@@ -160,7 +160,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
         if not is_text(text):
             raise UserError("it has half of a character")
     except UserError as error:
-        raise UserError(f"row {row['uid']!r} is not filed, for it could not be read again: {error}.") from error
+        raise UserError(f"row {row['uid']!r} is not filed, for it could not be read again: {error}") from error
     return text.encode() + b"\n"
 
 
@@ -194,7 +194,9 @@ def _parse(path: Path, data: bytes, uids: set[str], first: int) -> list[Row]:
             check_row(found)
             check_text(line)
         except UserError as error:
-            raise UserError(f"{path}, line {number}: not a result row: {error}; repair or remove that line.") from error
+            raise UserError(
+                f"{path}, line {number}: not a result row ({error}); repair or remove that line."
+            ) from error
         if found["uid"] in uids:
             raise UserError(f"{path}, line {number}: uid {found['uid']!r} a second time; remove one of the two.")
         uids.add(found["uid"])

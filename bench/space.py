@@ -55,6 +55,7 @@ class Range(Entry):
     scale: Literal["log", "linear"]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.min) and math.isfinite(self.max)):
             raise UserError(f"min = {self.min:g} and max = {self.max:g} must be finite numbers.")
         if self.min >= self.max:
@@ -75,6 +76,7 @@ class Choices(Entry):
     choices: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(set(self.choices)) < max(2, len(self.choices)):
             raise UserError(
                 f"choices {list(self.choices)} must be two or more different numbers; or write {{value: x}}."

@@ -64,7 +64,7 @@ class Conditions(Strict):
     rounds: int = 11
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         for name, low in (("batch_size", 1), ("image_size", 1), ("classes", 2), ("rounds", 4)):
             check_range("bench speed", name, getattr(self, name), low, 10**5)
         check_range("bench speed", "fraction", self.fraction, 0, 1, open_low=True)

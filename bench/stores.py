@@ -6,7 +6,6 @@ Nothing of MLflow is imported here.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import re
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.config import UserError
+from bench.files import locked
 
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 
@@ -132,6 +132,5 @@ def alone(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///"):
         yield
         return
-    with Path(f"{uri.removeprefix('sqlite:///')}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(Path(f"{uri.removeprefix('sqlite:///')}.lock")):
         yield

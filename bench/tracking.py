@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from bench.config import Kind, TrialConfig, TrialResult, UserError
 from bench.disk import on_disk
+from bench.files import take
 from bench.mlflow_queue import MlflowQueue
 from bench.mlflow_store import Description, Store
 from bench.provenance import git_revision
@@ -266,11 +267,7 @@ def sharing(folder: Path) -> Iterator[bool]:
         with on_disk(folder / "lock"):
             folder.mkdir(parents=True, exist_ok=True)
             file = held.enter_context((folder / "lock").open("a+"))  # NFS locks for reading what is open for it
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alone = True
-            except BlockingIOError:
-                alone = False
+            alone = take(file)
             fcntl.flock(file, fcntl.LOCK_SH)
         yield alone
 

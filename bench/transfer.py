@@ -49,7 +49,7 @@ class TransferConfig(Strict):
     both: bool = False
 
     def __post_init__(self) -> None:
-        self._settle()
+        super().__post_init__()
         check_range("transfer", "configs", self.configs, 0, 1000)
 
     @classmethod

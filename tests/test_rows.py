@@ -61,9 +61,9 @@ def test_rows_keep_their_order_and_are_found_by_uid(tmp_path: Path) -> None:
     ("uid", "changes", "said"),
     [
         ("a", {"metrics": {"val_area": 1.0000000000000002}}, "not a share of 1"),
-        ("a", {"metrics": {"val_loss": 1e200}}, "metrics cannot be"),
-        ("a" * 251, {}, "uid cannot be"),
-        ("a\ud800", {}, "half of a character"),
+        ("a", {"metrics": {"val_loss": 1e200}}, "metrics.val_loss must be less than"),
+        ("a" * 251, {}, "uid must have at most 250"),
+        ("a\ud800", {}, "uid must be a valid string"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_filed(

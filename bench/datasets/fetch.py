@@ -10,13 +10,12 @@ import sys
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from bench.config import UserError
+from bench.files import locked, written_whole
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0
@@ -74,30 +73,9 @@ def writable_folder(candidates: Sequence[Path]) -> Path:
     raise UserError(f"cannot write in {' or '.join(reasons)}; point XDG_CACHE_HOME at a folder that can be written.")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the others wait. The lock goes with its process, however that ends."""
-    import fcntl
-
-    with (folder / ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name ``target`` only when the block ends well; otherwise nothing is left.
-
-    For one writer at a time (`locked`): what a killed one leaves has a fixed name, and the next one overwrites it.
-    """
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with part.open("wb") as handle:
-            yield handle
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+def part_of(target: Path) -> Path:
+    """The name of a file that is being written: fixed, for one writer at a time overwrites what a killed one left."""
+    return target.with_name(f".{target.name}.part")
 
 
 def sha256_of(path: Path) -> str:
@@ -111,12 +89,12 @@ def download(remote: RemoteFile, folder: Path, advice: str) -> Path:
     Errors: UserError that ends with ``advice``.
     """
     target = folder / remote.name
-    with locked(folder):
+    with locked(folder / ".lock"):
         if target.is_file():
             return target
         say(f"downloading {remote.url} to {target}")
         try:
-            with written_whole(target) as handle:
+            with written_whole(target, part_of(target)) as handle:
                 found = _copy(remote, handle.write)
                 if found != remote.sha256:
                     raise UserError(f"{remote.url}: sha256 is {found}, not the published {remote.sha256}. {advice}")

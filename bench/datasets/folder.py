@@ -22,8 +22,9 @@ from bench.config import UserError, unknown
 from bench.datasets.augment import centre_box
 from bench.datasets.decode import decode, in_threads, resized, size_of
 from bench.datasets.draws import Indices
-from bench.datasets.fetch import existing_folder, locked, say, user_cache, writable_folder, written_out, written_whole
+from bench.datasets.fetch import existing_folder, part_of, say, user_cache, writable_folder, written_out
 from bench.datasets.raw import MEMORY_LIMIT, Arrays, DatasetRow, Files, Pixels, Request
+from bench.files import locked, written_whole
 
 _PREFIX = "imagefolder:"
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff"))
@@ -184,7 +185,7 @@ def _cached(listing: Listing, size: int, *, native: bool) -> Arrays:
         if (kept := _read_cache(folder / name, len(listing.classes))) is not None:
             return kept
     folder = writable_folder(folders)
-    with locked(folder):
+    with locked(folder / ".lock"):
         made_meanwhile = folder not in present and (folder / name).is_file()
         if made_meanwhile and (kept := _read_cache(folder / name, len(listing.classes))) is not None:
             return kept
@@ -226,7 +227,7 @@ def _write_cache(target: Path, decoded: Arrays) -> None:
     pixels = {f"pixels-{part}": array for part, array in decoded.pixels.items()}
     labels = {f"labels-{part}": array for part, array in decoded.labels.items()}
     try:
-        with written_whole(target) as handle:
+        with written_whole(target, part_of(target)) as handle:
             np.savez(handle, digest=np.array(decoded.digest), **pixels, **labels)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}); make room there.") from error
