@@ -66,7 +66,7 @@ check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_house.py
+	$(BIN)/lint-imports
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
