@@ -146,7 +146,7 @@ def _loaded(whole: Path | io.BytesIO, path: File, device: torch.device | str) ->
     try:
         validate("", _model(), state)
     except UserError as error:
-        raise UserError(f"{path} is not a checkpoint of bench ({error}); remove it.") from error
+        raise UserError(f"{path} is not a checkpoint of bench: {error} Remove it.") from error
     if [epoch.get("epoch") for epoch in state["history"]] != list(range(1, 1 + len(state["history"]))):
         raise UserError(f"{path} is damaged: its history's epochs are not 1, 2, 3, …; remove it.")
     if len(state["history"]) != state["epoch"]:

@@ -140,7 +140,9 @@ def validate(owner: str, model: Any, values: Mapping[str, Any]) -> dict[str, Any
     place = owner + ".".join(map(str, wrong["loc"]))
     if wrong["type"] == "missing":
         raise UserError(f"{place} is missing.")
-    raise UserError(f"{place} must{wrong['msg'].partition(' should')[2]}, not {wrong['input']!r}.")
+    must = wrong["msg"].partition(" should ")[2] or f"be another value ({wrong['msg']})"
+    given = repr(wrong["input"])
+    raise UserError(f"{place} must {must}, not {given if len(given) <= 200 else given[:200] + '…'}.")
 
 
 def is_text(value: str) -> bool:

@@ -158,7 +158,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
     try:
         check_row(json.loads(text))  # as it is read: a tuple is a list then
         if not is_text(text):
-            raise UserError("it has half of a character")
+            raise UserError("it has half of a character.")
     except UserError as error:
         raise UserError(f"row {row['uid']!r} is not filed, for it could not be read again: {error}") from error
     return text.encode() + b"\n"
@@ -189,14 +189,12 @@ def _parse(path: Path, data: bytes, uids: set[str], first: int) -> list[Row]:
     for number, line in enumerate(data.split(b"\n")[:-1], first):
         found = _load(line)
         if found is None:
-            raise UserError(f"{path}, line {number}: not a result row; repair or remove that line.")
+            raise UserError(f"{path}, line {number}: not a result row. Repair or remove that line.")
         try:
             check_row(found)
             check_text(line)
         except UserError as error:
-            raise UserError(
-                f"{path}, line {number}: not a result row ({error}); repair or remove that line."
-            ) from error
+            raise UserError(f"{path}, line {number}: not a result row: {error} Repair or remove that line.") from error
         if found["uid"] in uids:
             raise UserError(f"{path}, line {number}: uid {found['uid']!r} a second time; remove one of the two.")
         uids.add(found["uid"])

@@ -33,17 +33,17 @@ def check_row(row: Mapping[str, Any]) -> None:
     validate("", _model(), row)
     for name in row["config"]["coefficients"]:
         if name not in PRIMITIVE_NAMES:
-            raise UserError(f"config.coefficients has {name!r}, which is no primitive")
+            raise UserError(f"config.coefficients has {name!r}, which is no primitive.")
     for where, metrics in (("metrics", row["metrics"]), *(("history", epoch) for epoch in row["history"])):
         for name, value in metrics.items():
             if _SHARE.fullmatch(name) and not 0 <= value <= 1:
-                raise UserError(f"{where}.{name} is {value}, not a share of 1")
+                raise UserError(f"{where}.{name} is {value}, not a share of 1.")
 
 
 def check_text(line: bytes) -> None:
     r"""UserError if a string on this line of JSON is no text: "\ud83d" is half of a character; no page can have it."""
     if b"\\u" in line and not is_text(json.dumps(json.loads(line), ensure_ascii=False)):
-        raise UserError("it has half of a character")
+        raise UserError("it has half of a character.")
 
 
 @cache

@@ -323,3 +323,9 @@ def test_every_published_configuration_keeps_its_digest() -> None:
     for name, known in json.loads((expected / "published_digests.json").read_text()).items():
         rows = [json.loads(line) for line in (published / name).read_text().splitlines()]
         assert digest([TrialConfig.from_dict(row["config"]).digest() for row in rows]) == known, name
+
+
+def test_a_long_wrong_value_is_cut() -> None:
+    with pytest.raises(UserError, match="epochs must be a valid integer, not 'aaa") as caught:
+        TrialConfig.from_dict({"rule": "sign", "arch": "lenet", "dataset": "digits", "epochs": "a" * 10**6})
+    assert len(str(caught.value)) < 300

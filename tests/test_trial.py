@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_with_other_code_says_with_which_it_began(
     assert unsaid is not None
     assert "resumed_from" not in unsaid.provenance
     torch.save({**old, "code": [{"source": 5}]}, path)
-    with pytest.raises(UserError, match="its code is of another kind; remove it"):
+    with pytest.raises(UserError, match=r"code\.0\.source must be a valid string, not 5\. Remove it"):
         read_checkpoint(path)
 
 
