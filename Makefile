@@ -20,11 +20,12 @@ INSTALLED_DEV := $(VENV)/installed-dev
 INSTALLED_BROWSER := $(VENV)/installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-browser chromium postgresql dashboards check format clean
+.PHONY: help demo test test-robustness test-faults test-browser chromium postgresql dashboards check format clean
 
 help:
 	@echo "make demo    set up, then search activation on resnet20 and sparse on resnet50 with the embedded digits"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-robustness   set up, then hostile input, object stores, torn files, who can reach a server"
 	@echo "make test-faults   set up, then the tests that kill processes, servers and disks (more than half an hour)"
 	@echo "make test-browser  set up, Chromium too, then look at every kind of page in it"
 	@echo "make dashboards  the pages of results/published again"
@@ -39,12 +40,15 @@ demo: $(INSTALLED)
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
 
+test-robustness: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest tests/robustness
+
 test-faults: $(INSTALLED_DEV) postgresql
-	$(BIN)/python -m pytest -m faults -rs $(FAULTS)
-	$(if $(FAULTS),,BENCH_TIMES=10 $(BIN)/python -m pytest tests/test_malformed_*.py)
+	$(BIN)/python -m pytest -m faults -rs $(or $(FAULTS),tests)
+	$(if $(FAULTS),,BENCH_TIMES=10 $(BIN)/python -m pytest tests/robustness/test_malformed_*.py)
 
 test-browser: $(INSTALLED_BROWSER) chromium
-	$(BIN)/python -m pytest -m browser -rs
+	$(BIN)/python -m pytest -m browser -rs tests/robustness
 
 # Debian's; elsewhere install any Chromium by hand. Without one, the tests are skipped and say so.
 chromium:

@@ -380,7 +380,7 @@ def content(book: Book, name: str) -> list[Any]:
     return found  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_a_measurement_from_end_to_end(tmp_path: Path) -> None:
     folder, name = tmp_path / "results" / "robustness-resnet20-digits", "robustness-resnet20-digits"

@@ -21,7 +21,7 @@ from bench.config import UserError
 from bench.ui import serve
 from engine_script import Script, task
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PACKAGE = HERE.parent / "bench"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

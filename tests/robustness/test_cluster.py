@@ -27,7 +27,7 @@ from bench.config import UserError
 from bench.joining import OBJECT_STORE_BYTES, check_address, commands, own_address
 from bench.place import Options, share_out
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 #: The versions that this machine has.
 OURS = {"bench": "B", "source": "S", "torch": "T", "ray": "R"}

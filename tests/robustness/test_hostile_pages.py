@@ -18,7 +18,7 @@ from bench.pages.parts import Absent, Figure, Link, Page, Section, Table, plot
 from bench.pages.render import render
 from malformed import examples, run, said_in_one_line
 
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 SEARCH = PUBLISHED / "symmetric-resnet18-digits.jsonl"
 
 HOSTILE = (

@@ -14,7 +14,7 @@ from bench.director import MAX_LOSSES, Director
 from bench.worker import Running
 from engine_script import Script, config, task
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import bench.engine  # noqa: F401  (psutil comes with Ray)
 from mlflow_book import Book
 from soak_driver import EPOCHS, NAME
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 KILLS, TRIALS = 20, 30
 
 

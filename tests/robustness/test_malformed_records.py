@@ -20,7 +20,7 @@ from bench.rows import RowFile, row
 from bench.study import Study
 from malformed import damaged, examples, files, mutated, refused_in_one_line, run, said_in_one_line
 
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 CONFIG = StudyConfig(name="s", rule="decay", arch="lenet", dataset="digits", trials=4, epochs=3, sampler="random")
 SPACE = {"decay": FloatDistribution(1e-3, 1.0, log=True)}
 

@@ -24,7 +24,7 @@ from mlflow_book import Book
 from postgres import PASSWORD, Server, server
 from rehearsal import rows
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SPACE = {"sparse": FloatDistribution(1e-4, 10.0, log=True), "amp": FloatDistribution(0.0, 1.0)}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [
