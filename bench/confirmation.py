@@ -156,13 +156,11 @@ def confirm(
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run it to its end, or go on with it; the summary of what is known by then."""
     folder = place.options.results / config.name
-    tags = {"bench.configurations": ",".join(config.configs)}
-    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
+    with recorded("confirmation", config, config.name, place, say=say) as tracker:
         source = Confirmation(config, place, tracker, RowFile(folder / "rows.jsonl", say=say))
         for known in source.rows():  # what an earlier start left, MLflow may lack
             tracker.record(known["uid"], known["kind"], known)
         source.sweep()
         outcome = carry_out(source, place, folder / "ray.log", say=say, watch=watch)
         summary = summarize(config, source.rows())
-        numbers = headline(summary)
-        return outcome, conclude(tracker, folder, BOOK, summary, headline=numbers, page=confirmation_page, end=outcome)
+        return outcome, conclude("confirmation", tracker, folder, summary, end=outcome)

@@ -57,8 +57,7 @@ def read_filed(found: Found) -> Filed:
         common = {
             "name": str(config["name"]),  # also where its folder was renamed
             "identity": identity,
-            "tags": {f"bench.{name}": value for name, value in kind.tags(config).items()}
-            | ({"bench.code": kept["code"]} if "code" in kept else {}),
+            "tags": kind.run_tags(kept),
             "dataset": (str(dataset), str(kept.get("runs_on")).partition(" ")[2]),
             "files": _files(found.folder, kind.manifest),
         }

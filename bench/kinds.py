@@ -51,6 +51,11 @@ class StudyKind:
     dataset: Callable[[Config], Config] = _itself
     rows: tuple[str, ...] = ()
 
+    def run_tags(self, kept: Config) -> dict[str, Any]:
+        """The tags of its run in MLflow, of what its manifest keeps."""
+        found = {f"bench.{name}": value for name, value in self.tags(kept["config"]).items()}
+        return found | ({"bench.code": kept["code"]} if "code" in kept else {})
+
     def load(self, part: Literal["read", "page", "line", "headline", "curves"]) -> Any:
         """The function that this field names."""
         module, _, name = getattr(self, part).partition(":")

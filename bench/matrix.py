@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from bench import matrix_summary
 from bench.campaign import CONTROLS, Ready, trial_config
 from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
@@ -20,7 +19,6 @@ from bench.learning.primitives import PRIMITIVES
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix_summary import Cell, summarize_matrix
 from bench.pace import seconds_per_epoch
-from bench.pages.matrix import matrix_page
 from bench.place import Options, Place
 from bench.plans import BUDGET, Wanted, find_wanted, plan, read_searches, renamed
 from bench.programme import Programme, Say, check_own_name, conclude, recorded
@@ -121,8 +119,7 @@ def matrix(
     """Run the matrix to its end, or go on with it; the summary of what is known by then."""
     config, place = prepared.config, prepared.place
     folder = place.options.results / config.name
-    tags = {"bench.archs": ",".join(config.archs), "bench.primitives": ",".join(config.primitives)}
-    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
+    with recorded("matrix", config, config.name, place, say=say) as tracker:
         with Programme(config.name, [prepared.searches[w] for w in prepared.run], say=say) as programme:
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)
@@ -131,9 +128,7 @@ def matrix(
         for uid, row in {row["uid"]: row for row in rows}.items():  # several searches have one control
             tracker.record(uid, row["kind"], row)
         summary = {**summarize(config, searches), "busy": programme.busy}
-        return outcome, conclude(
-            tracker, folder, BOOK, summary, headline=matrix_summary.headline(summary), page=matrix_page, end=outcome
-        )
+        return outcome, conclude("matrix", tracker, folder, summary, end=outcome)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

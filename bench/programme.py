@@ -20,7 +20,7 @@ from bench.config import Strict, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.journal import BusyError, check_kind, claim
-from bench.pages.parts import Page
+from bench.kinds import KINDS
 from bench.pages.render import PAGE, write
 from bench.place import Place
 from bench.runs import Outcome, Runs
@@ -176,18 +176,16 @@ class Programme:
 
 
 @contextmanager
-def recorded(
-    config: Strict, name: str, book: str, place: Place, *, tags: Mapping[str, Any], say: Say
-) -> Iterator[Tracker]:
-    """A plan's own folder, claimed for this process, and its run in MLflow. ``book``: the file that keeps ``config``.
+def recorded(of: str, config: Strict, name: str, place: Place, *, say: Say) -> Iterator[Tracker]:
+    """A plan's own folder, claimed for this process, and its run in MLflow. ``of``: its kind, of `bench.kinds.KINDS`.
 
     UserError where the folder is of something else, was begun with other data or another kind of device, or with a plan
     that this one does not cover.
     """
-    folder = place.options.results / name
+    folder, kind = place.options.results / name, KINDS[of]
     with claim(folder):
-        check_kind(folder, book)
-        path = folder / book
+        check_kind(folder, kind.manifest)
+        path = folder / kind.manifest
         before = read_yaml(path) if path.exists() else {}
         if before and before.get("runs_on") != place.key:
             raise UserError(
@@ -196,10 +194,11 @@ def recorded(
             )
         check_covers(name, before.get("config", {}), config)
         identity = str(before.get("id") or uuid.uuid4().hex)
-        write_yaml(path, {"id": identity, "runs_on": place.key, "config": config.to_dict()})
+        kept: dict[str, Any] = {"id": identity, "runs_on": place.key, "config": config.to_dict()}
+        write_yaml(path, kept)
         results = place.options.results
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
-            tracker.study(name, config=config.to_dict(), tags=tags, identity=identity)
+            tracker.study(name, config=kept["config"], tags=kind.run_tags(kept), identity=identity)
             tracker.dataset(*place.dataset)
             yield tracker
 
@@ -226,21 +225,18 @@ def check_own_name(name: str, searches: Iterable[Ready]) -> None:
 
 
 def conclude(
-    tracker: Tracker,
-    folder: Path,
-    book: str,
-    summary: Mapping[str, Any],
-    *,
-    headline: Mapping[str, float],
-    page: Callable[[Mapping[str, Any]], Page],
-    end: Outcome,
+    of: str, tracker: Tracker, folder: Path, summary: Mapping[str, Any], *, end: Outcome, files: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Keep the summary and its page beside the plan and in MLflow; the summary with where it is."""
+    """Keep the summary, its page and these ``files`` beside the plan and in MLflow; the summary with where it is."""
+    kind = KINDS[of]
     if end != "interrupted":  # then the user waits for the end
-        write(page(summary), folder / PAGE)
+        write(kind.load("page")(summary), folder / PAGE)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    tracker.headline(headline)
-    files = (book, "rows.jsonl", "summary.json", PAGE)
-    tracker.artifacts([folder / name for name in files if (folder / name).exists()])
+    for name, curve in kind.load("curves")(summary).items() if kind.curves else ():
+        tracker.curve(name, curve)
+    if numbers := kind.load("headline")(summary):
+        tracker.headline(numbers)
+    own = [folder / name for name in (kind.manifest, "rows.jsonl", "summary.json", PAGE)]
+    tracker.artifacts([path for path in (*own, *files) if path.exists()])
     tracker.close("KILLED" if end == "interrupted" else "FINISHED")
     return {**summary, "folder": str(folder), "mlflow": tracker.link()}

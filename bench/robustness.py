@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import robustness_summary
 from bench.checkpoint import File, location, remove_checkpoint
 from bench.config import TrialConfig, TrialResult, UserError
 from bench.director import WAIT, Task, Wait
 from bench.figures import robustness_figure
-from bench.files import read_yaml, write_atomic, write_yaml
+from bench.files import read_yaml, write_yaml
 from bench.journal import check_kind, claim
-from bench.pages.render import PAGE, write
-from bench.pages.robustness import robustness_page
+from bench.kinds import KINDS
 from bench.place import Options, Place, survey
+from bench.programme import conclude
 from bench.robustness_plan import Network, Plan, RobustnessConfig
 from bench.robustness_points import summarize_robustness
 from bench.robustness_words import note, title
@@ -220,13 +218,12 @@ def measure(
     """
     place, folder, name = ready.place, ready.folder, ready.config.name
     with claim(folder):
-        identity, kept = _write_config(ready, keep_networks)
+        kept = _write_config(ready, keep_networks)
         results = place.options.results
         with Tracker.open(uri=place.uri, artifacts=place.artifacts, results=results, say=say) as tracker:
             source = Robustness(ready, tracker, RowFile(folder / "rows.jsonl", say=say))
-            first = ready.plan.networks[0].config
-            tags = {"bench.arch": first.arch, "bench.rules": ",".join(ready.config.rules)}
-            tracker.study(name, config=ready.config.to_dict(), tags=tags, identity=identity)
+            tags = KINDS["robustness"].run_tags(kept)
+            tracker.study(name, config=ready.config.to_dict(), tags=tags, identity=kept["id"])
             tracker.dataset(*place.dataset)
             source.record_known()
             source.sweep()
@@ -237,18 +234,17 @@ def measure(
                     f"{name}: trained again, these networks came out different ({'; '.join(repeated)}), so their "
                     "curves are of more than one network: measure them anew under another --name, with --keep-networks."
                 )
-            _record(tracker, summary, folder, outcome)
-            if summary["complete"] and not summary["runs"]["failed"] and not kept:
+            found = conclude("robustness", tracker, folder, summary, end=outcome, files=list(_figures(summary, folder)))
+            if summary["complete"] and not summary["runs"]["failed"] and not kept["keep_networks"]:
                 source.remove_networks()
-            tracker.close("KILLED" if outcome == "interrupted" else "FINISHED")
-            return outcome, {**summary, "folder": str(folder), "mlflow": tracker.link()}
+            return outcome, found
 
 
-def _write_config(ready: Ready, keep_networks: bool) -> tuple[str, bool]:
-    """Keep the plan with its results; UserError for settings that make another measurement of it.
+def _write_config(ready: Ready, keep_networks: bool) -> dict[str, Any]:
+    """What the manifest keeps, now written; UserError for settings that make another measurement of it.
 
-    Gives the id by which MLflow tells this measurement from others of its name, and whether its networks are kept:
-    once that was asked for, they are.
+    ``id``: by which MLflow tells this measurement from others of its name. ``keep_networks``: once that was asked for,
+    they are kept.
     """
     path = ready.folder / "robustness.yaml"
     before = read_yaml(path) if path.exists() else {}
@@ -256,7 +252,7 @@ def _write_config(ready: Ready, keep_networks: bool) -> tuple[str, bool]:
     identity, kept = str(before.get("id") or uuid.uuid4().hex), keep_networks or before.get("keep_networks") is True
     whole = {"id": identity, "runs_on": ready.place.key, "keep_networks": kept, "config": config}
     write_yaml(path, whole)
-    return identity, kept
+    return whole
 
 
 #: What may change between one start of a measurement and the next; rules may come and go, each as it was.
@@ -281,20 +277,12 @@ def _check_same(before: Mapping[str, Any], ready: Ready) -> dict[str, Any]:
     return kept
 
 
-def _record(tracker: Tracker, summary: Mapping[str, Any], folder: Path, outcome: Outcome) -> None:
-    """The curves, the figures, the page and the numbers of the whole, on the parent run."""
-    files = [folder / name for name in ("robustness.yaml", "rows.jsonl", "summary.json", PAGE)]
-    if outcome != "interrupted":  # then the user waits for the end
-        write(robustness_page(summary), folder / PAGE)
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    for name, curve in robustness_summary.curves(summary).items():
-        tracker.curve(name, curve)
+def _figures(summary: Mapping[str, Any], folder: Path) -> Iterator[Path]:
+    """Draw each site's curves; gives the files."""
     for site in summary["sites"]:
         if not site["levels"]:  # interrupted before the first: there is nothing to draw
             continue
-        files.append(folder / f"{site['site'].replace(' ', '-')}.svg")
+        path = folder / f"{site['site'].replace(' ', '-')}.svg"
         heading, below = title(site["site"], summary), note(summary, site)
-        robustness_figure(site, title=heading, note=below, unit=site["unit"], path=files[-1])
-    if numbers := robustness_summary.headline(summary):
-        tracker.headline(numbers)
-    tracker.artifacts([file for file in files if file.exists()])
+        robustness_figure(site, title=heading, note=below, unit=site["unit"], path=path)
+        yield path

@@ -15,6 +15,7 @@ from bench.config import StudyConfig, UserError
 from bench.files import read_yaml, write_atomic, write_yaml
 from bench.front import spread
 from bench.journal import check_kind
+from bench.kinds import KINDS
 from bench.learning.rules import parse_rule
 from bench.pages.render import PAGE, write
 from bench.pages.search import search_page
@@ -83,8 +84,7 @@ def opened(ready: Ready, *, say: Callable[[str], None]) -> Iterator[Open]:
             rows = RowFile(folder / "rows.jsonl", say=say)
             controls = RowFile(place.options.results / "controls" / "rows.jsonl", say=say)
             campaign = Campaign(ready, study, tracker, rows=rows, controls=controls)
-            tags = {f"bench.{name}": getattr(config, name) for name in ("rule", "arch", "seed")}
-            tags["bench.code"] = book["code"]
+            tags = KINDS["search"].run_tags(book)
             tracker.study(config.name, config=config.to_dict(), tags=tags, identity=book["id"])
             tracker.dataset(*place.dataset)
             campaign.record_known()

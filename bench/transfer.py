@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bench import transfer_summary
 from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.checkpoint import location
 from bench.config import Strict, TrialConfig, check_range, digest
 from bench.director import WAIT, Task, Wait
-from bench.pages.transfer import transfer_page
 from bench.place import Options, Place
 from bench.plans import Wanted, plan, read_searches, renamed
 from bench.programme import Follower, Programme, Say, check_own_name, conclude, recorded
@@ -342,8 +340,7 @@ def transfer(
     """Run the transfer to its end, or go on with it; the summary of what is known by then."""
     config, place = prepared.config, prepared.place
     folder = place.options.results / config.name
-    tags = {"bench.rules": ",".join(config.rules), "bench.source": config.source}
-    with recorded(config, config.name, BOOK, place, tags=tags, say=say) as tracker:
+    with recorded("transfer", config, config.name, place, say=say) as tracker:
         source = Transfer(prepared, tracker, RowFile(folder / "rows.jsonl", say=say))
         source.record_known()
         source.sweep()
@@ -351,6 +348,4 @@ def transfer(
             outcome = carry_out(programme, place, folder / "ray.log", trial=trial, say=say, watch=watch)
             programme.end(outcome)
             summary = {**source.summary(), "busy": programme.busy}
-        return outcome, conclude(
-            tracker, folder, BOOK, summary, headline=transfer_summary.headline(summary), page=transfer_page, end=outcome
-        )
+        return outcome, conclude("transfer", tracker, folder, summary, end=outcome)

@@ -193,7 +193,7 @@ def test_a_pickle_that_means_harm_is_refused_and_does_none(where: str, protocol:
     good = {"labels": [1], "data": np.zeros((1, 3072), dtype=np.uint8)}
     rest = {key: value for key, value in good.items() if key != where}
     content = pickle.dumps(harm if where == "whole" else {where: harm, **rest}, protocol=protocol)
-    with pytest.raises(UserError, match=r"^f: asks for (posix|os|nt)\.mkdir, which no CIFAR has|^f: does BYTEARRAY8"):
+    with pytest.raises(UserError, match=r"^f: asks for (posix|os|nt)\.mkdir, which no CIFAR has"):
         records_of(content, CIFAR10, "f")
     assert not (tmp_path / "harmed").exists()
     pickle.loads(content)
@@ -215,6 +215,7 @@ def test_a_pickle_that_means_harm_is_refused_and_does_none(where: str, protocol:
         b"",
         b"\x80\x02c\\y\nx\n.",  # a backslash that escapes nothing, of which Python warns
         # keys: too deep for Python's stack, and of 2^64 and 3^64 values
+        b"\x80\x02c_codecs\nencode\n}U\x01xK\x01sb.",  # BUILD on what is called
         pytest.param(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.", id="deep"),
         pytest.param(b"\x80\x02})" + b"q\x00h\x00\x86" * 64 + b"K\x01s.", id="wide"),
         pytest.param(b"\x80\x02})" + b"q\x000(h\x00h\x00h\x00t" * 64 + b"K\x01s.", id="wider"),
