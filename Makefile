@@ -37,11 +37,14 @@ demo: $(INSTALLED)
 	$(BIN)/bench search --rule activation --arch resnet20 --trials 4 --epochs 10 $(DEMO_ARGS)
 	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) $(DEMO_ARGS)
 
+# The files of tests are shared out among the cores, whole.
+SHARED := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 test-robustness: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest tests/robustness
+	$(BIN)/python -m pytest $(SHARED) tests/robustness
 
 test-faults: $(INSTALLED_DEV) postgresql
 	$(BIN)/python -m pytest -m faults -rs $(or $(FAULTS),tests)
