@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) $(DEMO_ARGS)
 
 # The files of tests are shared out among the cores, whole.
-SHARED := -n auto --maxprocesses 4 --dist loadfile
+SHARED := -rs -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest $(SHARED)

@@ -155,7 +155,7 @@ def test_what_cannot_be_compared_is_refused(
     assert not Path("results").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own use
 def test_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a store that names no place for files has them in mlruns/, here
