@@ -35,7 +35,7 @@ help:
 
 demo: $(INSTALLED)
 	$(BIN)/bench search --rule activation --arch resnet20 --trials 4 --epochs 10 $(DEMO_ARGS)
-	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) $(DEMO_ARGS)
+	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) --set train_examples=720 $(DEMO_ARGS)
 
 # The files of tests are shared out among the cores, whole.
 SHARED := -rs -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
