@@ -64,7 +64,7 @@ def runs(folder: Path, study: str) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own, in the client that this test reads with
 def test_search_from_end_to_end(tmp_path: Path) -> None:
     name = "symmetric-lenet-digits"
