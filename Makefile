@@ -37,14 +37,11 @@ demo: $(INSTALLED)
 	$(BIN)/bench search --rule activation --arch resnet20 --trials 4 --epochs 10 $(DEMO_ARGS)
 	$(BIN)/bench search --rule sparse --arch resnet50 --trials $(DEMO_TRIALS) --epochs $(DEMO_EPOCHS) --set train_examples=720 $(DEMO_ARGS)
 
-# The files of tests are shared out among the cores, whole.
-SHARED := -rs -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest $(SHARED)
+	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 test-robustness: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest $(SHARED) tests/robustness
+	$(BIN)/python -m pytest -rs tests/robustness
 
 test-faults: $(INSTALLED_DEV) postgresql
 	$(BIN)/python -m pytest -m faults -rs $(or $(FAULTS),tests)

@@ -31,9 +31,11 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that none of them is left to one process at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    """Files with slow tests come first and stay in one process: two Rays that start at once may take one port."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("faults")}
     items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slow" if item.path in slow else item.path.name))
 
 
 @pytest.fixture(autouse=True)
