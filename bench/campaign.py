@@ -191,8 +191,7 @@ class Campaign(Runs):
 
     def record_known(self) -> None:
         """Tell MLflow what an earlier start, or another study's controls, left as rows."""
-        for known in (*self.search_rows(), *self.confirm_rows(), *self.control_rows()):
-            self._tracker.record(known["uid"], known["kind"], known)
+        self.record([*self.search_rows(), *self.confirm_rows(), *self.control_rows()])
 
     def outlook(self) -> str:
         """What there is to do, in one line."""

@@ -12,15 +12,14 @@ from bench.compare import compare
 from bench.compare_words import CAPTION, COLUMNS, TEXTS, table_rows
 from bench.config import Strict, TrialConfig, UserError, check_range, digest
 from bench.director import WAIT, Task, Wait
-from bench.files import read_yaml
+from bench.kinds import KINDS
 from bench.pages.parts import Page, Section, Table
 from bench.place import Options, Place, survey
 from bench.programme import conclude, recorded
-from bench.reading import SearchRows
+from bench.reading import SearchRows, read_config, read_rows
 from bench.rows import Row, RowFile, last_attempts
 from bench.runs import Outcome, Planned, Recorder, Runs, carry_out
 
-BOOK = "confirmation.yaml"
 #: Not the seeds by which a search chose its best, nor those of robustness.
 FIRST_SEED = 3000
 
@@ -114,8 +113,8 @@ def summarize(config: ConfirmationConfig, rows: Sequence[Row]) -> dict[str, Any]
 
 def read(folder: Path) -> tuple[ConfirmationConfig, list[Row]]:
     """The configuration and the rows that a confirmation keeps in its folder."""
-    config = ConfirmationConfig.from_dict(read_yaml(folder / BOOK).get("config", {}))
-    return config, last_attempts(RowFile(folder / "rows.jsonl", say=lambda _: None).read())
+    config = ConfirmationConfig.from_dict(read_config(folder / KINDS["confirmation"].manifest))
+    return config, last_attempts(read_rows(folder / "rows.jsonl"))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -158,8 +157,7 @@ def confirm(
     folder = place.options.results / config.name
     with recorded("confirmation", config, config.name, place, say=say) as tracker:
         source = Confirmation(config, place, tracker, RowFile(folder / "rows.jsonl", say=say))
-        for known in source.rows():  # what an earlier start left, MLflow may lack
-            tracker.record(known["uid"], known["kind"], known)
+        source.record(source.rows())  # what an earlier start left, MLflow may lack
         source.sweep()
         outcome = carry_out(source, place, folder / "ray.log", say=say, watch=watch)
         summary = summarize(config, source.rows())

@@ -15,6 +15,7 @@ from typing import Any, Self
 from bench.campaign import CONTROLS, Ready, trial_config
 from bench.config import PRIMITIVE_NAMES, Strict, StudyConfig, UserError
 from bench.files import read_yaml
+from bench.kinds import KINDS
 from bench.learning.primitives import PRIMITIVES
 from bench.learning.rules import ANY, parse_rule, subsets
 from bench.matrix_summary import Cell, summarize_matrix
@@ -27,8 +28,6 @@ from bench.runs import Outcome, carry_out
 from bench.searched import Searched, confirmed_rows, read_searched
 from bench.space import Space
 from bench.spaces import DEFAULT, SETTINGS
-
-BOOK = "matrix.yaml"
 
 #: The rules that the subsets stand beside; of these, `bench.campaign.CONTROLS` run beside every search anyway.
 BESIDE = ("backprop", "feedback", "kolen-pollack", "sign", "frozen")
@@ -133,7 +132,7 @@ def matrix(
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of what lies in the folders of its searches."""
-    config = MatrixConfig.from_dict(read_config(folder / BOOK))
+    config = MatrixConfig.from_dict(read_config(folder / KINDS["matrix"].manifest))
     return summarize(config, read_searches(folder.parent, [*searches_of(config), *any_of(config)]))
 
 
@@ -239,7 +238,7 @@ def _comparable(subset: StudyConfig, whole: StudyConfig) -> bool:
 def beside(ready: Ready, space: str) -> dict[str, Any] | None:
     """How a search over all subsets at once (`ANY`) compares with the matrix of its network; None: there is none."""
     results, own = ready.place.options.results, ready.config
-    for book in sorted(results.glob(f"*/{BOOK}")):
+    for book in sorted(results.glob(f"*/{KINDS['matrix'].manifest}")):
         config = MatrixConfig.from_dict(read_yaml(book).get("config", {}))
         if own.arch not in config.archs or (config.dataset, config.space) != (own.dataset, space):
             continue

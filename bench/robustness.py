@@ -137,8 +137,7 @@ class Robustness(Runs):
 
     def record_known(self) -> None:
         """Tell MLflow what an earlier start left as rows."""
-        for known in self.rows():
-            self._tracker.record(known["uid"], known["kind"], known)
+        self.record(self.rows())
 
     def summary(self) -> dict[str, Any]:
         """What `bench.robustness_points` makes of the rows of this plan."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -111,6 +111,11 @@ class Runs:
     def chance(self) -> float:
         """The accuracy of guessing."""
         return self._place.chance
+
+    def record(self, rows: Iterable[Row]) -> None:
+        """Tell MLflow of rows that it may lack."""
+        for known in rows:
+            self._tracker.record(known["uid"], known["kind"], known)
 
     # --- attempts
 

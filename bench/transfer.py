@@ -18,6 +18,7 @@ from bench.campaign import Ready, confirm_seeds, trial_config
 from bench.checkpoint import location
 from bench.config import Strict, TrialConfig, check_range, digest
 from bench.director import WAIT, Task, Wait
+from bench.kinds import KINDS
 from bench.place import Options, Place
 from bench.plans import Wanted, plan, read_searches, renamed
 from bench.programme import Follower, Programme, Say, check_own_name, conclude, recorded
@@ -29,8 +30,6 @@ from bench.space import UPDATE_FIELDS, Range, Space
 from bench.spaces import DEFAULT
 from bench.summary import REFERENCE, best_trial, same_setting
 from bench.transfer_summary import Carried, Pair, summarize_transfer
-
-BOOK = "transfer.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +222,7 @@ class Plan:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of what lies in this folder and in those of its searches."""
-    config = TransferConfig.from_dict(read_config(folder / BOOK))
+    config = TransferConfig.from_dict(read_config(folder / KINDS["transfer"].manifest))
     searches = read_searches(folder.parent, searches_of(routes_of(config)))
     return summarize(config, searches, read_rows(folder / "rows.jsonl"))
 
@@ -265,8 +264,7 @@ class Transfer(Follower):
         self._runs: dict[str, Planned] = {}
 
     def learned(self, found: Searched) -> None:
-        for known in (*found.confirmed, *found.controls):
-            self._tracker.record(known["uid"], known["kind"], known)
+        self.record([*found.confirmed, *found.controls])
         wanted = next(w for w, search in self._searches.items() if search.config.name == found.config.name)
         self._searches[wanted] = found
         self._runs = Plan(self._config, self._searches).runs
@@ -283,8 +281,7 @@ class Transfer(Follower):
 
     def record_known(self) -> None:
         """Tell MLflow what an earlier start left as rows."""
-        for known in self._done.values():
-            self._tracker.record(known["uid"], known["kind"], known)
+        self.record(self._done.values())
 
     def summary(self) -> dict[str, Any]:
         """What is known by now."""

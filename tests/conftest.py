@@ -31,7 +31,7 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first and stay in one process: two Rays that start at once may take one port."""
+    """Put files with slow tests first and in one process: Ray keeps its first token, and the order must not vary."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("faults")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:

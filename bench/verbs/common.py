@@ -248,6 +248,12 @@ def is_benchmark(text: str | None) -> bool:
     return text is not None and text.lower() in BENCHMARKS
 
 
+def refuse_storage(given: argparse.Namespace, what: str) -> None:
+    """UserError for --storage where nothing is proposed."""
+    if given.storage:
+        raise UserError(f"--storage has no effect on {what}, which proposes nothing: leave it out.")
+
+
 def options_of(given: argparse.Namespace) -> Options:
     """The options that say where and how runs run."""
     from bench.place import Options

@@ -17,6 +17,7 @@ from bench.verbs.common import (
     carry_out,
     check_name,
     options_of,
+    refuse_storage,
     verb,
 )
 from bench.verbs.compare import print_comparison
@@ -43,8 +44,7 @@ def _confirm(given: argparse.Namespace) -> int:
     from bench.files import read_yaml
     from bench.learning.rules import parse_rule
 
-    if given.storage:
-        raise UserError("--storage has no effect on a confirmation, which proposes nothing: leave it out.")
+    refuse_storage(given, "a confirmation")
     configs: dict[str, TrialConfig] = {}
     for word in given.config:
         name, _, file = word.partition("=")

@@ -20,6 +20,7 @@ from bench.verbs.common import (
     numbers,
     options_of,
     parse_settings,
+    refuse_storage,
     sigmas,
     verb,
 )
@@ -79,8 +80,7 @@ def _robustness(given: argparse.Namespace) -> int:
     from bench.robustness import prepare_measurement
     from bench.robustness_plan import RobustnessConfig, rules_of
 
-    if given.storage:
-        raise UserError("--storage has no effect on a measurement, which proposes nothing: leave it out.")
+    refuse_storage(given, "a measurement")
     if given.arch is not None:
         check_arch(given.arch)
     changes = check_recipe(parse_settings(given.set)) | ({} if given.epochs is None else {"epochs": given.epochs})
